@@ -1,0 +1,145 @@
+"""Files of weights and of training state: atomic save, checked load, random-number state.
+
+Weights for use are a folder with `config.json` and `model.safetensors`. Training state is one `.pt` file of tensors
+and plain values that loads with `weights_only=True`. Knows nothing of which model it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT = 1  # of both kinds of file; a reader refuses others
+STATE_PATTERN = re.compile(r"state-(\d{8})\.pt")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file holds all of `content` or what it held before, also after a crash of the machine."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_weights(folder: Path, kind: str, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Write `config.json` and `model.safetensors`; `kind` names the architecture and is checked on load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"format": FORMAT, "kind": kind, "config": config}, indent=2) + "\n"
+    partial = folder / "model.safetensors.partial"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    write_atomically(folder / "config.json", content.encode())
+    os.replace(partial, folder / "model.safetensors")
+
+
+def load_weights(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The config and tensors of a folder written by `save_weights`. ValueError if it is not of this kind."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {kind} at {folder}: {name} is missing")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = (content["format"], content["kind"])
+        config = content["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} was not written by this project ({error})") from error
+    if found != (FORMAT, kind):
+        raise ValueError(f"{folder} holds {found[1]!r} of format {found[0]}; expected {kind!r} of format {FORMAT}")
+    try:
+        return config, load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+
+
+def load_into(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copy tensors into a module; ValueError names the first missing, unknown or misshapen tensor."""
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise ValueError(f"{source}: tensor {name} {tuple(tensor.shape)} is missing")
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+    unknown = sorted(set(tensors) - set(own))
+    if unknown:
+        raise ValueError(f"{source}: tensor {unknown[0]} {tuple(tensors[unknown[0]].shape)} is not known to this model")
+    module.load_state_dict(tensors)
+
+
+def save_state(folder: Path, step: int, state: dict, keep_last: int = 2) -> Path:
+    """Write `state-<step>.pt` atomically, then drop all but the newest `keep_last`. Tensors and plain values only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"state-{step:08d}.pt"
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save({"format": FORMAT, "step": step, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for old in state_files(folder)[:-keep_last]:
+        old.unlink()
+    return path
+
+
+def state_files(folder: Path) -> list[Path]:
+    """Training states in a folder, oldest step first."""
+    return sorted(path for path in folder.glob("state-*.pt") if STATE_PATTERN.fullmatch(path.name))
+
+
+def load_state(path: Path) -> dict:
+    """One training state. ValueError if the file is torn or of another format."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except Exception as error:  # torch.load raises many types for a torn file
+        raise ValueError(f"{path} is damaged or was not written by this project ({type(error).__name__})") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, this code reads {FORMAT}")
+    return state
+
+
+def load_newest_state(folder: Path) -> dict | None:
+    """The newest state that loads, or None if there is none; a torn file is named in a warning and passed over."""
+    for path in reversed(state_files(folder)):
+        try:
+            return load_state(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; using the one before it", stacklevel=2)
+    return None
+
+
+def random_state() -> dict:
+    """State of torch's (CPU and all GPUs), numpy's and Python's global generators, as plain values."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """Undo `random_state`. GPU states are restored where as many GPUs are there as were saved."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

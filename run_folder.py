@@ -1,0 +1,110 @@
+"""The folder of one training run: settings, one JSON line per step, TensorBoard, a picture of the losses.
+
+Layout: `settings.json`, `metrics.jsonl`, `tensorboard/`, `losses.png`, `state-<step>.pt` (see `checkpointing.py`).
+Knows nothing of what is trained. Names of metrics are `group/name`, SI units.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpointing import write_atomically
+
+
+def describe_environment() -> dict:
+    """What a result needs to be repeated: command, commit, versions, hardware."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+class RunLog:
+    """Scalars of a run to `metrics.jsonl` and TensorBoard. Resuming at step s drops what was logged from s on."""
+
+    def __init__(self, folder: Path, settings: dict, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        content = json.dumps({**settings, "environment": describe_environment()}, indent=2, default=str) + "\n"
+        write_atomically(folder / "settings.json", content.encode())
+        kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] < start]
+        write_atomically(folder / "metrics.jsonl", "".join(kept).encode())
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line and one TensorBoard point per name."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """All whole lines of `metrics.jsonl`; a last line torn by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def read_settings(folder: Path) -> dict | None:
+    """Settings the run was started with, or None for a new folder."""
+    path = folder / "settings.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def refuse_other_settings(folder: Path, settings: dict) -> None:
+    """ValueError if the run in `folder` was started with other settings than these."""
+    previous = read_settings(folder)
+    for name, value in settings.items() if previous else ():
+        before = previous.get(name)
+        if before != json.loads(json.dumps(value, default=str)):
+            raise ValueError(
+                f"the run in {folder} was started with {name}={before}, now it is {value}; "
+                "give the same value to go on, or another --out to start anew"
+            )
+
+
+def plot_metrics(folder: Path, groups: dict[str, list[str]], path: Path) -> None:
+    """One panel per group of metric names over steps, to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(folder)
+    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
+    for axis, (title, names) in zip(axes[0], groups.items(), strict=True):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

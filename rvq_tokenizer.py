@@ -1,0 +1,569 @@
+"""Hierarchical, causal, streaming speech codec: waveform to 10 semantic and 22 acoustic codebooks and back.
+
+Log-mel -> ConvNeXt stem -> content branch and acoustic branch -> two parallel residual quantisers -> sum -> ConvNeXt
+decoder -> inverse STFT. The split quantiser follows Mimi (Moshi, arXiv 2410.00037, 3.3): the acoustic stack sees the
+full features, not what the semantic stack left over. The ISTFT head follows Vocos (arXiv 2306.00814).
+Every layer is causal and takes the state it needs, so the whole-file path is the streaming path in one large chunk.
+Algorithmic delay: one codec frame (80 ms) in the encoder and `DELAY_SAMPLES` (30 ms) in the decoder.
+
+Knows nothing of texts, data sets or training schedules. Dims: B batch, N samples, T codec frames (12.5 per second),
+F fine frames (100 per second), K codebooks, V codes per codebook, D width. Audio is 24 kHz mono in [-1, 1].
+
+    python rvq_tokenizer.py --tokenizer runs/tokenizer in.wav out.wav --codebooks 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchaudio.functional as AF
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
+from checkpointing import load_into, load_weights, save_weights
+from command_line import EXIT_CODES_HELP, run
+
+KIND = "rvq_tokenizer"
+FFT = 960  # samples, 40 ms
+HOP = 240  # samples, 10 ms
+FINE = FRAME_SAMPLES // HOP  # 8 fine frames per codec frame
+OVERLAP = FFT // HOP - 1  # a fine frame shares samples with the next 3
+DELAY_SAMPLES = FFT - HOP  # the decoder's output lags its codes by 720 samples, 30 ms
+KERNEL = 7  # frames seen by a depthwise convolution
+CHUNK_FRAMES = 250  # whole files pass in chunks of 20 s, so that memory does not grow with their length
+LOG_MEL_FLOOR = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    n_codebooks: int = 32
+    n_semantic: int = 10  # the first ones; the others are acoustic
+    codebook_size: int = 512
+    codebook_dim: int = 64
+    n_mels: int = 100
+    d_stem: int = 192
+    d_branch: int = 384
+    d_decoder: int = 256
+    n_stem: int = 2  # ConvNeXt blocks at 100 Hz, shared by the branches
+    n_content: int = 2  # blocks at 12.5 Hz
+    n_acoustic: int = 2
+    n_coarse: int = 2  # decoder blocks at 12.5 Hz
+    n_fine: int = 6  # decoder blocks at 100 Hz
+    codebook_decay: float = 0.98  # of the moving averages that move the codebooks
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
+        if self.n_semantic >= self.n_codebooks:
+            raise ValueError(f"n_semantic={self.n_semantic} must be less than n_codebooks={self.n_codebooks}")
+        if self.codebook_decay >= 1:
+            raise ValueError(f"codebook_decay={self.codebook_decay} must be less than 1")
+
+    @property
+    def n_acoustic_codebooks(self) -> int:
+        return self.n_codebooks - self.n_semantic
+
+    def bits_per_second(self, n_codebooks: int | None = None) -> float:
+        return FRAME_RATE * (n_codebooks or self.n_codebooks) * math.log2(self.codebook_size)
+
+
+PRESETS = {
+    "debug": TokenizerConfig(
+        codebook_size=16, codebook_dim=8, n_mels=40, d_stem=16, d_branch=24, d_decoder=16,
+        n_stem=1, n_content=1, n_acoustic=1, n_coarse=1, n_fine=1,
+    ),
+    "cpu": TokenizerConfig(),
+}  # fmt: skip
+
+
+class ConvNeXtStack(nn.Module):
+    """Causal ConvNeXt blocks (arXiv 2201.03545, without the downsampling), expansion 3."""
+
+    def __init__(self, dim: int, n_blocks: int):
+        super().__init__()
+        self.dim, self.n_blocks = dim, n_blocks
+        self.blocks = nn.ModuleList(ConvNeXtBlock(dim) for _ in range(n_blocks))
+
+    def initial_state(self, batch_size: int, device: torch.device) -> Tensor:
+        """The frames before the first one are zero: (blocks, B, KERNEL - 1, D)."""
+        return torch.zeros(self.n_blocks, batch_size, KERNEL - 1, self.dim, device=device)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, D) and the last frames each block has seen -> (B, F, D) and the new last frames."""
+        seen = []
+        for block, past in zip(self.blocks, state, strict=True):
+            padded = torch.cat([past, x], dim=1)  # (B, KERNEL - 1 + F, D)
+            seen.append(padded[:, -(KERNEL - 1) :])
+            x = x + block(padded)
+        return x, torch.stack(seen)
+
+
+class ConvNeXtBlock(nn.Module):
+    """The residual part of one block: depthwise convolution, norm, two pointwise layers, layer scale."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mix = nn.Conv1d(dim, dim, KERNEL, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 3 * dim)
+        self.contract = nn.Linear(3 * dim, dim)
+        self.scale = nn.Parameter(torch.full((dim,), 0.1))
+
+    def forward(self, padded: Tensor) -> Tensor:
+        """(B, KERNEL - 1 + F, D) -> (B, F, D)"""
+        x = self.mix(padded.transpose(1, 2)).transpose(1, 2)
+        return self.scale * self.contract(F.gelu(self.expand(self.norm(x))))
+
+
+class EncoderState(NamedTuple):
+    samples: Tensor  # (B, FFT - HOP) the last samples
+    stem: Tensor  # (n_stem, B, KERNEL - 1, d_stem)
+    content: Tensor  # (n_content, B, KERNEL - 1, d_branch)
+    acoustic: Tensor  # (n_acoustic, B, KERNEL - 1, d_branch)
+
+
+class Encoder(nn.Module):
+    """Waveform to the latents of the two branches."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        bank = AF.melscale_fbanks(FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, config.n_mels, SAMPLE_RATE, norm="slaney")
+        self.register_buffer("mel_bank", bank, persistent=False)  # (FFT / 2 + 1, n_mels)
+        self.register_buffer("window", torch.hann_window(FFT), persistent=False)
+        self.lift = nn.Linear(config.n_mels, config.d_stem)
+        self.stem = ConvNeXtStack(config.d_stem, config.n_stem)
+        self.to_content = nn.Linear(FINE * config.d_stem, config.d_branch)
+        self.content = ConvNeXtStack(config.d_branch, config.n_content)
+        self.content_out = nn.Sequential(nn.LayerNorm(config.d_branch), nn.Linear(config.d_branch, config.codebook_dim))
+        self.to_acoustic = nn.Linear(FINE * config.d_stem, config.d_branch)
+        self.acoustic = ConvNeXtStack(config.d_branch, config.n_acoustic)
+        self.acoustic_out = nn.Sequential(
+            nn.LayerNorm(config.d_branch), nn.Linear(config.d_branch, config.codebook_dim)
+        )
+
+    def initial_state(self, batch_size: int, device: torch.device) -> EncoderState:
+        stacks = (self.stem, self.content, self.acoustic)
+        samples = torch.zeros(batch_size, FFT - HOP, device=device)
+        return EncoderState(samples, *(stack.initial_state(batch_size, device) for stack in stacks))
+
+    def log_mel(self, samples: Tensor) -> Tensor:
+        """(B, FFT - HOP + F * HOP) -> (B, F, n_mels), about zero mean and unit spread on speech."""
+        with torch.autocast(samples.device.type, enabled=False):
+            spectrum = torch.stft(samples, FFT, HOP, window=self.window, center=False, return_complex=True).abs()
+            mel = spectrum.transpose(1, 2) @ self.mel_bank  # (B, F, n_mels)
+            return 0.5 * (mel.clamp(min=LOG_MEL_FLOOR).log() + 5)
+
+    def forward(self, wave: Tensor, state: EncoderState) -> tuple[Tensor, Tensor, EncoderState]:
+        """(B, T * FRAME_SAMPLES) -> content latents and acoustic latents, each (B, T, codebook_dim), and the state."""
+        samples = torch.cat([state.samples, wave], dim=1)
+        fine, stem = self.stem(self.lift(self.log_mel(samples)), state.stem)  # (B, F, d_stem)
+        stacked = fine.unflatten(1, (-1, FINE)).flatten(2)  # (B, T, FINE * d_stem)
+        content, content_state = self.content(self.to_content(stacked), state.content)
+        acoustic, acoustic_state = self.acoustic(self.to_acoustic(stacked), state.acoustic)
+        new_state = EncoderState(samples[:, -(FFT - HOP) :], stem, content_state, acoustic_state)
+        return self.content_out(content), self.acoustic_out(acoustic), new_state
+
+
+class Quantized(NamedTuple):
+    latents: Tensor  # (B, T, D) straight-through: value of the chosen codes up to the depth, gradient of the input
+    codes: Tensor  # (B, T, K) int64, of all levels whatever the depth
+    commitment: Tensor  # () mean over the levels of the squared distance to the chosen code
+
+
+class ResidualQuantizer(nn.Module):
+    """K nearest-neighbour codebooks, each coding what the ones before left over (SoundStream, arXiv 2107.03312).
+
+    Deviation from `ResidualVQ` of vector_quantize_pytorch, whose levels are used here one by one: one straight-through
+    step on the sum (its own, one per level, multiplies the encoder's gradient by K), no rotation trick, the dead-code
+    threshold relative to the uniform share, and depth dropout per sample with every level learning at every step.
+    """
+
+    DEAD = 0.1  # a code used less than this share of the uniform one is replaced
+
+    def __init__(self, n_levels: int, config: TokenizerConfig):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            VectorQuantize(
+                config.codebook_dim,
+                config.codebook_size,
+                decay=config.codebook_decay,
+                commitment_weight=0.0,
+                rotation_trick=False,
+                route_gradients_to_input=False,
+                threshold_ema_dead_code=self.DEAD,
+            )
+            for _ in range(n_levels)
+        )
+        self.n_codes = config.codebook_size
+
+    def forward(self, x: Tensor, depth: Tensor) -> Quantized:
+        """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            uniform = x.size(0) * x.size(1) / self.n_codes  # tokens per code in this batch, were all used alike
+            residual, total = x, torch.zeros_like(x)
+            codes, commitment = [], []
+            for k, level in enumerate(self.levels):
+                level._codebook.threshold_ema_dead_code = self.DEAD * uniform
+                level._codebook.reset_cluster_size = uniform  # the library would use the threshold itself
+                chosen, index, _ = level(residual.detach())  # (B, T, D), (B, T)
+                commitment.append(F.mse_loss(residual, chosen))
+                residual = residual - chosen
+                total = total + chosen * (depth > k).view(-1, 1, 1)
+                codes.append(index)
+            kept = (depth > 0).view(-1, 1, 1)
+            latents = (x + (total - x).detach()) * kept
+        return Quantized(latents, torch.stack(codes, dim=-1), torch.stack(commitment).mean())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, K) int64"""
+        residual, codes = x.float(), []
+        for level in self.levels:
+            book = level.codebook  # (V, D)
+            # |x - c|^2 without |x|^2, which is the same for every code
+            index = (book.square().sum(dim=1) - 2 * residual @ book.T).argmin(dim=-1)  # (B, T)
+            residual = residual - book[index]
+            codes.append(index)
+        return torch.stack(codes, dim=-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, T, K') codes of the first K' levels -> (B, T, D)"""
+        return sum(level.codebook[codes[..., k]] for k, level in enumerate(self.levels[: codes.size(-1)]))
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator) -> None:
+        """k-means, level by level, on (M, D) vectors; `batch_tokens` sets the weight of later batches against it.
+
+        ValueError with fewer than 4 vectors per code: codebooks fitted on fewer collapse.
+        """
+        if len(vectors) < 4 * self.n_codes:
+            raise ValueError(f"{len(vectors)} vectors are too few for {self.n_codes} codes; 4 per code are needed")
+        residual = vectors
+        for level in self.levels:
+            centres, counts = k_means(residual, self.n_codes, generator)
+            weight = counts * (batch_tokens / len(vectors))  # counts as an average batch would give them
+            book = level._codebook
+            book.embed.copy_(centres[None])
+            book.cluster_size.copy_(weight[None])
+            book.embed_avg.copy_((centres * weight[:, None])[None])
+            residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
+
+
+def k_means(vectors: Tensor, n_centres: int, generator: torch.Generator, n_rounds: int = 15) -> tuple[Tensor, Tensor]:
+    """(M, D) -> centres (n_centres, D) and how many vectors each has (n_centres,). An empty centre is drawn anew."""
+    order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+    centres = vectors[order[:n_centres]]
+    for _ in range(n_rounds):
+        nearest = torch.cdist(vectors, centres).argmin(dim=1)  # (M,)
+        counts = torch.bincount(nearest, minlength=n_centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        drawn = vectors[torch.randint(len(vectors), (n_centres,), generator=generator).to(vectors.device)]
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], drawn)
+    counts = torch.bincount(torch.cdist(vectors, centres).argmin(dim=1), minlength=n_centres)
+    return centres, counts.to(vectors.dtype)
+
+
+class DecoderState(NamedTuple):
+    coarse: Tensor  # (n_coarse, B, KERNEL - 1, d_branch)
+    fine: Tensor  # (n_fine, B, KERNEL - 1, d_decoder)
+    overlap: Tensor  # (B, OVERLAP, HOP) what fine frames gave beyond the last sample that went out
+
+
+class Decoder(nn.Module):
+    """Latents to waveform, `DELAY_SAMPLES` late: block t goes out when the fine frame t + 3 has been added."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.lift = nn.Linear(config.codebook_dim, config.d_branch)
+        self.coarse = ConvNeXtStack(config.d_branch, config.n_coarse)
+        self.spread = nn.Linear(config.d_branch, FINE * config.d_decoder)
+        self.fine = ConvNeXtStack(config.d_decoder, config.n_fine)
+        self.norm = nn.LayerNorm(config.d_decoder)
+        self.head = nn.Linear(config.d_decoder, 2 * (FFT // 2 + 1))
+        # Hann windows a quarter apart add up to 2
+        self.register_buffer("window", torch.hann_window(FFT) / 2, persistent=False)
+        cover = self.window.view(OVERLAP + 1, HOP)
+        tail = torch.stack([cover[k + 1 :].sum(dim=0) for k in range(OVERLAP)])  # (OVERLAP, HOP) cover after the end
+        self.register_buffer("tail_gain", 1 / tail.clamp(min=0.25), persistent=False)
+
+    def initial_state(self, batch_size: int, device: torch.device) -> DecoderState:
+        overlap = torch.zeros(batch_size, OVERLAP, HOP, device=device)
+        coarse, fine = (stack.initial_state(batch_size, device) for stack in (self.coarse, self.fine))
+        return DecoderState(coarse, fine, overlap)
+
+    def forward(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """(B, T, codebook_dim) -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the state."""
+        coarse, coarse_state = self.coarse(self.lift(latents), state.coarse)
+        spread = self.spread(coarse).unflatten(2, (FINE, -1)).flatten(1, 2)  # (B, F, d_decoder)
+        fine, fine_state = self.fine(spread, state.fine)
+        blocks = self.overlap_add(self.synthesize(fine), state.overlap)  # (B, F + OVERLAP, HOP)
+        wave = blocks[:, :-OVERLAP].flatten(1)
+        return wave, DecoderState(coarse_state, fine_state, blocks[:, -OVERLAP:])
+
+    def synthesize(self, fine: Tensor) -> Tensor:
+        """(B, F, d_decoder) -> windowed frames (B, F, FFT): log-magnitude and phase from one layer, in float32."""
+        with torch.autocast(fine.device.type, enabled=False):
+            log_magnitude, phase = self.head(self.norm(fine.float())).chunk(2, dim=-1)  # (B, F, FFT / 2 + 1) each
+            # the largest bin of a full-scale sine is FFT / 2 = 480, exp(6.2)
+            spectrum = torch.polar(log_magnitude.clamp(max=7).exp(), phase)
+            return torch.fft.irfft(spectrum, n=FFT) * self.window
+
+    def overlap_add(self, frames: Tensor, overlap: Tensor) -> Tensor:
+        """(B, F, FFT) and what earlier frames left (B, OVERLAP, HOP) -> (B, F + OVERLAP, HOP)"""
+        parts = frames.unflatten(2, (OVERLAP + 1, HOP))  # (B, F, OVERLAP + 1, HOP)
+        blocks = F.pad(overlap, (0, 0, 0, parts.size(1)))
+        for k in range(OVERLAP + 1):
+            blocks = blocks + F.pad(parts[:, :, k], (0, 0, k, OVERLAP - k))
+        return blocks
+
+    def finish(self, state: DecoderState) -> Tensor:
+        """The last (B, DELAY_SAMPLES), scaled up where fewer windows than usual overlap."""
+        return (state.overlap * self.tail_gain).flatten(1)
+
+
+class Reconstruction(NamedTuple):
+    wave: Tensor  # (B, N)
+    codes: Tensor  # (B, T, K) int64
+    commitment: Tensor  # ()
+
+
+class RVQTokenizer(nn.Module):
+    """The codec. `forward` and `autoencode` are for training, `encode` and `decode` and the streams for use."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.semantic = ResidualQuantizer(config.n_semantic, config)
+        self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, config)
+        self.semantic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
+        self.acoustic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
+        self.decoder = Decoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.semantic_out.weight.device
+
+    def latents(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T * FRAME_SAMPLES) -> content and acoustic latents before quantisation, each (B, T, codebook_dim)."""
+        content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave), wave.device))
+        return content, acoustic
+
+    def synthesize(self, content: Tensor, acoustic: Tensor) -> Tensor:
+        """Latents after quantisation, each (B, T, codebook_dim) -> (B, T * FRAME_SAMPLES), aligned with the input."""
+        mixed = self.semantic_out(content) + self.acoustic_out(acoustic)
+        wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed), mixed.device))
+        return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
+
+    def autoencode(self, wave: Tensor, acoustic_depth: Tensor) -> Tensor:
+        """Without quantisation: (B, N) -> (B, N). Samples with `acoustic_depth` (B,) of 0 use the content alone."""
+        content, acoustic = self.latents(wave)
+        return self.synthesize(content, acoustic * (acoustic_depth > 0).view(-1, 1, 1))
+
+    def forward(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Reconstruction:
+        """(B, T * FRAME_SAMPLES) and the codebooks each sample keeps (B,) -> reconstruction through the quantisers."""
+        content, acoustic = self.latents(wave)
+        semantic = self.semantic(content, semantic_depth)
+        detail = self.acoustic(acoustic, acoustic_depth)
+        codes = torch.cat([semantic.codes, detail.codes], dim=-1)
+        commitment = (semantic.commitment + detail.commitment) / 2
+        return Reconstruction(self.synthesize(semantic.latents, detail.latents), codes, commitment)
+
+    @torch.no_grad()
+    def encode(self, wave: Tensor) -> Tensor:
+        """(B, N) float samples -> codes (B, ceil(N / FRAME_SAMPLES), K) int64; the end is padded with zeros.
+
+        ValueError: another shape or type, no samples, or samples that are not finite.
+        """
+        check_wave(wave)
+        if wave.size(1) == 0:
+            raise ValueError("audio holds no samples")
+        stream = self.encoder_stream(len(wave))
+        chunks = wave.split(CHUNK_FRAMES * FRAME_SAMPLES, dim=1)
+        return torch.cat([*(stream.push(chunk) for chunk in chunks), stream.flush()], dim=1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, T, K') codes of the first K' <= K codebooks -> (B, T * FRAME_SAMPLES). K' = n_semantic drops the detail.
+
+        ValueError: another shape or type, no frames, too many codebooks, or codes out of range.
+        """
+        stream = self.decoder_stream(len(codes))
+        parts = [stream.push(chunk) for chunk in codes.split(CHUNK_FRAMES, dim=1)]
+        return torch.cat([*parts, stream.flush()], dim=1)[:, DELAY_SAMPLES:]
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, T, K') -> the decoder's input (B, T, codebook_dim)."""
+        n_semantic = self.config.n_semantic
+        mixed = self.semantic_out(self.semantic.decode(codes[..., :n_semantic]))
+        if codes.size(-1) > n_semantic:
+            mixed = mixed + self.acoustic_out(self.acoustic.decode(codes[..., n_semantic:]))
+        return mixed
+
+    def encoder_stream(self, batch_size: int) -> EncoderStream:
+        return EncoderStream(self, batch_size)
+
+    def decoder_stream(self, batch_size: int) -> DecoderStream:
+        return DecoderStream(self, batch_size)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights: codes of two tokenizers mean the same only if it is equal."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class EncoderStream:
+    """Codes of a waveform that arrives in pieces of any length; equal to `encode` of the whole.
+
+    Keeps less than one frame of samples and a few frames per layer, however long the stream.
+    """
+
+    def __init__(self, tokenizer: RVQTokenizer, batch_size: int):
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        self.state = self.tokenizer.encoder.initial_state(self.batch_size, self.tokenizer.device)
+        self.waiting = torch.zeros(self.batch_size, 0, device=self.tokenizer.device)  # samples of an unfinished frame
+
+    @torch.no_grad()
+    def push(self, wave: Tensor) -> Tensor:
+        """(B, N) -> (B, n, K): the n frames these samples complete; the rest waits. ValueError as for `encode`."""
+        check_wave(wave)
+        if len(wave) != self.batch_size:
+            raise ValueError(f"the stream was opened for {self.batch_size} waveforms, got {len(wave)}")
+        samples = torch.cat([self.waiting, wave.to(self.waiting)], dim=1)
+        whole = samples.size(1) // FRAME_SAMPLES * FRAME_SAMPLES
+        self.waiting = samples[:, whole:]
+        if whole == 0:
+            return torch.zeros(len(wave), 0, self.tokenizer.config.n_codebooks, dtype=torch.int64, device=wave.device)
+        content, acoustic, self.state = self.tokenizer.encoder(samples[:, :whole], self.state)
+        return torch.cat([self.tokenizer.semantic.encode(content), self.tokenizer.acoustic.encode(acoustic)], dim=-1)
+
+    def flush(self) -> Tensor:
+        """The last, unfinished frame, padded with zeros: (B, 0 or 1, K); then the stream is as new."""
+        missing = -self.waiting.size(1) % FRAME_SAMPLES
+        codes = self.push(self.waiting.new_zeros(self.batch_size, missing))
+        self.reset()
+        return codes
+
+
+class DecoderStream:
+    """Waveform of codes that arrive frame by frame, `delay_samples` late; equal to `decode` of the whole.
+
+    All pushes and the flush together are `delay_samples` of lead-in and then what `decode` returns.
+    """
+
+    delay_samples = DELAY_SAMPLES
+
+    def __init__(self, tokenizer: RVQTokenizer, batch_size: int):
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        self.state = self.tokenizer.decoder.initial_state(self.batch_size, self.tokenizer.device)
+
+    @torch.no_grad()
+    def push(self, codes: Tensor) -> Tensor:
+        """(B, n, K') -> (B, n * FRAME_SAMPLES). ValueError as for `decode`."""
+        check_codes(codes, self.tokenizer.config)
+        if len(codes) != self.batch_size:
+            raise ValueError(f"the stream was opened for {self.batch_size} sequences, got {len(codes)}")
+        wave, self.state = self.tokenizer.decoder(self.tokenizer.lookup(codes.to(self.tokenizer.device)), self.state)
+        return wave
+
+    def flush(self) -> Tensor:
+        """The last (B, delay_samples); then the stream is as new."""
+        wave = self.tokenizer.decoder.finish(self.state)
+        self.reset()
+        return wave
+
+
+def check_wave(wave: Tensor) -> None:
+    if wave.ndim != 2 or not wave.is_floating_point():
+        raise ValueError(f"audio must be float samples of shape (B, N), got {wave.dtype} {tuple(wave.shape)}")
+    if not torch.isfinite(wave).all():
+        raise ValueError("audio holds samples that are not finite")
+
+
+def check_codes(codes: Tensor, config: TokenizerConfig) -> None:
+    if codes.ndim != 3 or codes.dtype != torch.int64 or not 1 <= codes.size(2) <= config.n_codebooks:
+        expected = f"int64 (B, T, 1..{config.n_codebooks})"
+        raise ValueError(f"codes must be {expected}, got {codes.dtype} {tuple(codes.shape)}")
+    if codes.numel() == 0:
+        raise ValueError(f"codes hold no frames: {tuple(codes.shape)}")
+    if not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
+        found = f"{int(codes.min())}..{int(codes.max())}"
+        raise ValueError(f"codes must lie in [0, {config.codebook_size}), got {found}")
+
+
+def save_tokenizer(tokenizer: RVQTokenizer, folder: Path) -> None:
+    save_weights(folder, KIND, dataclasses.asdict(tokenizer.config), tokenizer.state_dict())
+
+
+def load_tokenizer(folder: Path, device: str = "cpu") -> RVQTokenizer:
+    """A tokenizer written by `save_tokenizer`, ready for use. ValueError or FileNotFoundError if there is none."""
+    config, tensors = load_weights(Path(folder), KIND)
+    try:
+        tokenizer = RVQTokenizer(TokenizerConfig(**config))
+    except TypeError as error:
+        raise ValueError(f"{folder}: config.json is of another version ({error})") from error
+    load_into(tokenizer, tensors, str(folder))
+    return tokenizer.to(device).eval()
+
+
+def codebook_use(codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """(..., K) codes -> share of codes in use (K,) and perplexity (K,), exp of the entropy in nats."""
+    flat = codes.reshape(-1, codes.size(-1))  # (M, K)
+    counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in flat.unbind(dim=1)]).double()
+    share = counts / counts.sum(dim=1, keepdim=True)  # (K, V)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
+    return (counts > 0).double().mean(dim=1), entropy.exp()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Encode an audio file to codes and decode them again.", epilog=EXIT_CODES_HELP
+    )
+    parser.add_argument("input", type=Path, help="wav, flac, ogg or mp3; any rate, channels are averaged")
+    parser.add_argument("output", type=Path, help="wav to write, 24 kHz, 16 bit")
+    parser.add_argument("--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of a trained tokenizer")
+    parser.add_argument("--codebooks", type=int, default=None, help="decode only the first N (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    tokenizer = load_tokenizer(args.tokenizer)
+    used = tokenizer.config.n_codebooks if args.codebooks is None else args.codebooks
+    if not 1 <= used <= tokenizer.config.n_codebooks:
+        raise ValueError(f"--codebooks {used} must lie in 1..{tokenizer.config.n_codebooks}")
+    wave = torch.from_numpy(read_audio(args.input)[0])[None]  # (1, N)
+    seconds = wave.size(1) / SAMPLE_RATE
+    begin = time.perf_counter()
+    codes = tokenizer.encode(wave)
+    encoded = time.perf_counter()
+    decoded = tokenizer.decode(codes[..., :used])
+    done = time.perf_counter()
+    write_wav(args.output, decoded[0, : wave.size(1)].numpy())
+    print(f"{args.output}: {codes.size(1)} frames for {seconds:.2f} s, {used} of {codes.size(2)} codebooks")
+    print(f"bitrate {tokenizer.config.bits_per_second(used) / 1000:.2f} kbit/s")
+    rate = f"encoder {(encoded - begin) / seconds:.3f}, decoder {(done - encoded) / seconds:.3f}"
+    print(f"real-time factor at {args.threads} thread(s): {rate}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,96 @@
+"""Weights and training state: round trips, torn files, files of others, random state."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from checkpointing import (
+    load_newest_state,
+    load_state,
+    load_weights,
+    random_state,
+    restore_random_state,
+    save_state,
+    save_weights,
+    state_files,
+    write_atomically,
+)
+
+
+def test_weights_and_config_come_back(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    save_weights(tmp_path, "thing", {"size": 3}, tensors)
+    config, loaded = load_weights(tmp_path, "thing")
+    assert config == {"size": 3}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"torn", "is damaged"),
+        ("config.json", b"{not json", "was not written by this project"),
+        ("config.json", b"[]", "was not written by this project"),
+        ("config.json", b'{"format": 7, "kind": "thing", "config": {}}', "of format 7; expected 'thing' of format 1"),
+    ],
+)
+def test_damaged_or_foreign_weights_are_refused(tmp_path, name, content, message):
+    save_weights(tmp_path, "thing", {}, {"a": torch.zeros(2)})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path, "thing")
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no thing at .*: config.json is missing"):
+        load_weights(tmp_path, "thing")
+
+
+def test_only_the_newest_states_are_kept(tmp_path):
+    for step in (5, 10, 15):
+        save_state(tmp_path, step, {"value": torch.tensor(step)})
+    assert [path.name for path in state_files(tmp_path)] == ["state-00000010.pt", "state-00000015.pt"]
+    assert load_newest_state(tmp_path)["step"] == 15
+
+
+def test_a_folder_without_state_gives_none(tmp_path):
+    assert load_newest_state(tmp_path) is None
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise RuntimeError('a pickle was run')",))
+
+
+def test_a_state_file_is_never_unpickled(tmp_path):
+    path = tmp_path / "state-00000001.pt"
+    torch.save({"format": 1, "step": 1, "bomb": Bomb()}, path)
+    with pytest.raises(ValueError, match="is damaged or was not written by this project"):
+        load_state(path)
+
+
+def test_random_state_comes_back_through_a_file(tmp_path):
+    path = save_state(tmp_path, 1, {"random": random_state()})
+    first = (torch.rand(3), np.random.rand(3), random.random())
+    restore_random_state(load_state(path)["random"])
+    second = (torch.rand(3), np.random.rand(3), random.random())
+    assert torch.equal(first[0], second[0])
+    assert np.array_equal(first[1], second[1])
+    assert first[2] == second[2]
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"

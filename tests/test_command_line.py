@@ -1,0 +1,90 @@
+"""Exit codes, one-line errors, stop signals, the folder lock."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import (
+    EXIT_BUSY,
+    EXIT_INPUT,
+    EXIT_MISSING,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_STORAGE,
+    FolderBusy,
+    MissingRequirement,
+    StopSignals,
+    only_run_in,
+    run,
+)
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("bad value"), EXIT_INPUT, "bad value"),
+        (FileNotFoundError("no file at x"), EXIT_INPUT, "no file at x"),
+        (FloatingPointError("not finite"), EXIT_INPUT, "not finite"),
+        (OSError(errno.ENOSPC, "", "out.bin"), EXIT_STORAGE, "out.bin: No space left on device; free some space"),
+        (PermissionError(errno.EACCES, "", "out"), EXIT_STORAGE, "out: Permission denied; choose a folder you may"),
+        (MissingRequirement("pip install x"), EXIT_MISSING, "pip install x"),
+        (FolderBusy("another run"), EXIT_BUSY, "another run"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_a_code(capsys, error, code, said):
+    assert run(raising(error)) == code
+    out = capsys.readouterr()
+    assert out.err.startswith(f"error: {said}")
+    assert out.err.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(AssertionError):
+        run(raising(AssertionError("a mistake of ours")))
+
+
+def test_ctrl_c_outside_a_loop_is_one_line(capsys):
+    assert run(raising(KeyboardInterrupt())) == EXIT_SIGINT
+    assert capsys.readouterr().err == "stopped by Ctrl-C; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, EXIT_SIGINT), (signal.SIGTERM, EXIT_SIGTERM)])
+def test_a_signal_is_a_flag_inside_and_what_it_was_outside(number, code):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+        assert stop.exit_code == code
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_folder_holds_one_run_and_is_free_after_a_kill(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from command_line import only_run_in\n"
+        "with only_run_in(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "new" / "folder")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(FolderBusy, match="another run works in"), only_run_in(tmp_path / "new" / "folder"):
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with only_run_in(tmp_path / "new" / "folder"):
+        pass

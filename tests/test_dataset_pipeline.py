@@ -1,0 +1,229 @@
+"""From turns to batches: splits, loudness, token cache, packing; a batch is a function of seed and step alone."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_tokenizer, turn_record, voice, write_tiny_data
+
+import dataset_pipeline
+from audio import loudness_lufs, read_audio
+from command_line import EXIT_DONE, EXIT_INPUT, run
+from dataset_pipeline import (
+    SPLITS,
+    ConversationDataset,
+    Sample,
+    TokenCache,
+    build_conversations,
+    load_clips,
+    loudness_gains,
+    pack,
+    split_of,
+    write_conversations,
+)
+from frames import IGNORE, FrameLayout
+from text_tokenizer import ByteTokenizer
+from turn_shards import read_turns
+
+LAYOUT = FrameLayout(n_codebooks=4, codebook_size=16)
+ROW = 160
+
+
+@pytest.fixture
+def dataset(shared_data, tokenizer) -> ConversationDataset:
+    return make_dataset(shared_data, tokenizer)
+
+
+def make_dataset(data, tokenizer, split="train", row_positions=ROW, no_context=0.15):
+    cache = TokenCache(data, tokenizer)
+    return ConversationDataset(data, split, cache, ByteTokenizer(), LAYOUT, row_positions, no_context)
+
+
+def test_splits_are_about_80_10_10_and_never_move():
+    names = [f"group {i}" for i in range(4000)]
+    counts = Counter(split_of(name) for name in names)
+    assert counts["train"] == pytest.approx(3200, abs=100)
+    assert counts["val"] == pytest.approx(400, abs=70)
+    assert [split_of("group 0"), split_of("group 1"), split_of("group 6")] == ["train", "val", "train"]
+
+
+def test_no_turn_is_in_two_splits(shared_data):
+    groups = {split: {turn.split_group for turn, _ in load_clips(shared_data, split)} for split in SPLITS}
+    assert all(groups.values())
+    assert sum(len(names) for names in groups.values()) == len(set.union(*groups.values())) == 30
+
+
+def test_a_conversation_in_two_splits_is_refused():
+    other = next(f"g{i}" for i in range(100) if split_of(f"g{i}") != split_of("talk"))
+    samples = voice(0.5, 100)
+    turns = [turn_record("talk", 0, "a", "yes", samples), turn_record("talk", 1, "b", "no", samples, split_group=other)]
+    with pytest.raises(ValueError, match="give it one split_group"):
+        build_conversations(turns)
+
+
+def test_loudness_is_evened_per_speaker_of_a_conversation_but_not_per_turn():
+    loud, soft = voice(1.0, 120, level=0.2), voice(1.0, 120, level=0.05)
+    records = [turn_record("c", 0, "a", "aa", loud), turn_record("c", 1, "a", "bb", soft)]
+    gains = loudness_gains(records)
+    assert gains["test:c-0"] == gains["test:c-1"]
+    joined = np.concatenate([loud, soft]) * gains["test:c-0"]
+    assert loudness_lufs(joined, 16_000) == pytest.approx(-23, abs=0.7)
+
+
+def test_a_gain_never_clips():
+    spiky = voice(1.0, 120, level=0.001)
+    spiky[100] = 0.9
+    (gain,) = loudness_gains([turn_record("c", 0, "a", "aa", spiky)]).values()
+    assert 0.9 * gain == pytest.approx(10 ** (-1 / 20), rel=1e-3)
+
+
+def test_clips_of_a_split_are_reproducible_and_resampled_once(shared_data):
+    clips = load_clips(shared_data, "train", limit=5, seed=3)
+    again = load_clips(shared_data, "train", limit=5, seed=3)
+    assert [turn.utt_id for turn, _ in clips] == [turn.utt_id for turn, _ in again]
+    assert len(clips) == 5
+    assert [turn.utt_id for turn, _ in clips] != [
+        turn.utt_id for turn, _ in load_clips(shared_data, "train", 5, seed=4)
+    ]
+    for turn, samples in clips:
+        assert turn.audio is None
+        assert len(samples) == pytest.approx(turn.duration_s * 24_000, abs=2)
+
+
+def test_cached_codes_are_those_of_the_tokenizer(shared_data, tokenizer):
+    cache = TokenCache(shared_data, tokenizer)
+    for turn, samples in load_clips(shared_data, "val"):
+        codes = tokenizer.encode(torch.from_numpy(samples)[None])[0]
+        assert np.array_equal(cache.codes[turn.utt_id], codes.numpy())
+
+
+def test_tokens_are_made_once_per_shard_and_tokenizer(tmp_path, tokenizer, monkeypatch):
+    data = write_tiny_data(tmp_path / "data", n_conversations=4)
+    cache = TokenCache(data, tokenizer)
+    files = sorted(cache.folder.iterdir())
+    assert len(files) == 2
+    files[0].unlink()  # as if killed between the two shards
+    (cache.folder / "left-over.partial").write_bytes(b"torn")
+    made = []
+    monkeypatch.setattr(
+        TokenCache, "_make", lambda self, *a, real=TokenCache._make: made.append(a[1]) or real(self, *a)
+    )
+    assert TokenCache(data, tokenizer).codes.keys() == cache.codes.keys()
+    assert len(made) == 1
+    other = TokenCache(data, tiny_tokenizer(seed=1))
+    assert other.folder != cache.folder
+
+
+def test_a_damaged_token_file_is_named(tmp_path, tokenizer):
+    data = write_tiny_data(tmp_path / "data", n_conversations=2)
+    file = next(TokenCache(data, tokenizer).folder.iterdir())
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it"):
+        TokenCache(data, tokenizer)
+
+
+def test_every_turn_is_learnt_once_per_epoch(dataset):
+    for epoch in range(3):
+        heard = Counter(
+            (sample.conversation, index)
+            for row in dataset.plan(seed=1, epoch=epoch)
+            for sample in row
+            for index in range(sample.start, sample.stop)
+        )
+        assert set(heard.values()) == {1}
+        assert len(heard) == sum(len(c.turns) for c in dataset.conversations)
+
+
+def test_no_row_is_overfull_and_packing_wastes_little(dataset):
+    plan = dataset.plan(seed=0, epoch=0)
+    used = [sum(sample.rows for sample in row) for row in plan]
+    assert max(used) <= ROW
+    assert sum(used) / (ROW * len(used)) > 0.7
+
+
+def test_packing_keeps_every_sample_and_fills_rows():
+    samples = [Sample(i, 0, 1, rows) for i, rows in enumerate([6, 5, 4, 5, 3, 7])]
+    assert [[s.rows for s in row] for row in pack(samples, 10)] == [[6, 4], [5, 5], [3, 7]]
+
+
+def test_a_batch_depends_on_seed_and_step_alone(shared_data, tokenizer, dataset):
+    wanted = [dataset.batch(step, 2, seed=5) for step in range(12)]  # several epochs
+    fresh = make_dataset(shared_data, tokenizer)
+    for step in (11, 3, 7):
+        for ours, theirs in zip(fresh.batch(step, 2, seed=5), wanted[step], strict=True):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(fresh.batch(0, 2, seed=6).tokens[0, :40], wanted[0].tokens[0, :40])
+
+
+def test_a_batch_holds_whole_conversations_with_their_own_positions(dataset):
+    batch = dataset.batch(0, 2, seed=0)
+    for b in range(2):
+        for document in range(int(batch.documents[b].max()) + 1):
+            own = batch.documents[b] == document
+            n = int(own.sum())
+            assert batch.positions[b, own].tolist() == list(range(n))
+            assert batch.tokens[b, own][0, 4] == ByteTokenizer.bos
+            assert batch.tokens[b, own][-1, 0] == LAYOUT.end_of_turn
+            assert (batch.targets[b, own][-1] == IGNORE).all()  # nothing of the next document is predicted
+    assert not batch.mask[batch.documents == -1].any()
+
+
+def test_attention_stays_within_a_document_and_the_past(dataset):
+    batch = dataset.batch(0, 2, seed=0)
+    allowed = batch.allowed()[:, 0]
+    for b, i, j in allowed.nonzero().tolist()[::97]:
+        assert j <= i
+        assert batch.documents[b, i] == batch.documents[b, j]
+    assert allowed.diagonal(dim1=1, dim2=2).all()  # no row is left with nothing to attend
+
+
+def test_local_speaker_numbers_are_permuted_within_a_conversation(shared_data, tokenizer):
+    dataset = make_dataset(shared_data, tokenizer, no_context=0)
+    tags = set()
+    for step in range(6):
+        batch = dataset.batch(step, 1, seed=0)
+        texts = batch.tokens[0, batch.mask[0, :, 4], 4].tolist()
+        spoken = ByteTokenizer().decode(texts)
+        tags |= {spoken[i : i + 3] for i in range(len(spoken)) if spoken[i] == "["}
+        first = spoken.split("[")[1:4]
+        assert first[0][0] == first[2][0] != first[1][0]  # turns 0 and 2 are one speaker
+    assert tags == {"[0]", "[1]"}
+
+
+def test_a_turn_longer_than_a_row_is_refused_by_name(shared_data, tokenizer):
+    with pytest.raises(ValueError, match=r"turn test:talk\d+-\d needs \d+ positions, a row has 20"):
+        make_dataset(shared_data, tokenizer, row_positions=20)
+
+
+def test_conversation_files_list_every_turn(tmp_path):
+    data = write_tiny_data(tmp_path / "data", n_conversations=30)
+    counts = write_conversations(data)
+    rows = [
+        json.loads(line)
+        for split in SPLITS
+        for line in (data / "conversations" / f"{split}.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == sum(counts.values()) == 30
+    listed = {turn["utt_id"] for row in rows for turn in row["turns"]}
+    assert listed == {turn.utt_id for turn in read_turns(data, with_audio=False)}
+    assert [turn["speaker"] for turn in rows[0]["turns"]] == [0, 1, 0]
+    assert run(dataset_pipeline.main, ["--data", str(data)]) == EXIT_DONE
+
+
+def test_a_missing_or_damaged_collection_is_one_line(tmp_path, capsys):
+    assert run(dataset_pipeline.main, ["--data", str(tmp_path / "none")]) == EXIT_INPUT
+    assert "collect some with: python collect_data.py" in capsys.readouterr().err
+    data = write_tiny_data(tmp_path / "data", n_conversations=2)
+    shutil.rmtree(data / "turns")
+    assert run(dataset_pipeline.main, ["--data", str(data)]) == EXIT_INPUT
+    assert "is listed but gone" in capsys.readouterr().err
+
+
+def test_stored_audio_is_what_was_collected(shared_data):
+    turn = next(read_turns(shared_data, with_audio=True))
+    samples, rate = read_audio(turn.audio, None)
+    assert rate == turn.sample_rate
+    assert len(samples) == turn.num_samples

@@ -1,0 +1,397 @@
+"""Properties of the codec: causality, streaming, prefixes of codebooks, quantiser rules, refusals, files, command."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import rvq_tokenizer
+from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
+from command_line import EXIT_INPUT, run
+from rvq_tokenizer import (
+    DELAY_SAMPLES,
+    PRESETS,
+    ResidualQuantizer,
+    RVQTokenizer,
+    TokenizerConfig,
+    codebook_use,
+    k_means,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+CONFIG = PRESETS["debug"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RVQTokenizer:
+    """Random weights, codebooks fitted to its own latents so that all of them matter."""
+    torch.manual_seed(0)
+    model = RVQTokenizer(CONFIG).eval()
+    with torch.no_grad():
+        content, acoustic = model.latents(speechlike(2, 60))
+    generator = torch.Generator().manual_seed(0)
+    model.semantic.fit(content.flatten(0, 1), 24, generator)
+    model.acoustic.fit(acoustic.flatten(0, 1), 24, generator)
+    return model
+
+
+def speechlike(n_waves: int, n_frames: int, extra: int = 0, seed: int = 0) -> torch.Tensor:
+    """Noise whose level and colour change over time, so that codes differ from frame to frame: (B, N)."""
+    random = np.random.default_rng(seed)
+    n_samples = n_frames * FRAME_SAMPLES + extra
+    time = np.arange(n_samples) / SAMPLE_RATE
+    waves = []
+    for _ in range(n_waves):
+        pitch = np.cumsum(120 + 60 * np.sin(2 * np.pi * random.uniform(0.5, 2) * time)) / SAMPLE_RATE
+        level = 0.5 + 0.5 * np.sin(2 * np.pi * random.uniform(1, 4) * time)
+        harmonics = sum(np.sin(2 * np.pi * k * pitch) / k for k in range(1, 9))
+        waves.append(0.1 * level * harmonics + 0.01 * random.standard_normal(n_samples))
+    return torch.from_numpy(np.stack(waves)).float()
+
+
+# shapes and hierarchy
+
+
+def test_encode_gives_one_frame_per_1920_samples_rounded_up(tokenizer):
+    for n_samples, n_frames in ((1, 1), (1919, 1), (1920, 1), (1921, 2), (19200, 10)):
+        codes = tokenizer.encode(torch.randn(2, n_samples) * 0.1)
+        assert codes.shape == (2, n_frames, CONFIG.n_codebooks) and codes.dtype == torch.int64
+        assert codes.min() >= 0 and codes.max() < CONFIG.codebook_size
+
+
+def test_padding_the_end_with_zeros_changes_no_code(tokenizer):
+    wave = speechlike(1, 4, extra=700)
+    padded = torch.nn.functional.pad(wave, (0, FRAME_SAMPLES - 700))
+    assert torch.equal(tokenizer.encode(wave), tokenizer.encode(padded))
+
+
+def test_decode_takes_any_prefix_of_codebooks_and_each_one_matters(tokenizer):
+    codes = tokenizer.encode(speechlike(1, 6))
+    waves = [tokenizer.decode(codes[..., :k]) for k in range(1, CONFIG.n_codebooks + 1)]
+    assert all(wave.shape == (1, 6 * FRAME_SAMPLES) for wave in waves)
+    assert all((a - b).abs().max() > 0 for a, b in itertools.pairwise(waves))
+
+
+def test_semantic_prefix_is_what_the_model_trains_as_acoustic_depth_zero(tokenizer):
+    wave = speechlike(2, 5)
+    with torch.no_grad():
+        trained = tokenizer(wave, torch.full((2,), CONFIG.n_semantic), torch.zeros(2, dtype=torch.int64))
+    used = tokenizer.decode(tokenizer.encode(wave)[..., : CONFIG.n_semantic])
+    assert torch.allclose(trained.wave, used, atol=1e-5)
+
+
+def test_training_path_and_use_path_agree_on_codes_and_waveform(tokenizer):
+    wave = speechlike(2, 5)
+    full = torch.full((2,), CONFIG.n_semantic), torch.full((2,), CONFIG.n_acoustic_codebooks)
+    with torch.no_grad():
+        trained = tokenizer(wave, *full)
+    codes = tokenizer.encode(wave)
+    assert torch.equal(trained.codes, codes)
+    assert torch.allclose(trained.wave, tokenizer.decode(codes), atol=1e-5)
+
+
+def test_items_of_a_batch_do_not_mix(tokenizer):
+    waves = speechlike(3, 5)
+    codes = tokenizer.encode(waves)
+    alone = torch.cat([tokenizer.encode(wave[None]) for wave in waves])
+    assert torch.equal(codes, alone)
+    assert torch.allclose(tokenizer.decode(codes)[1:2], tokenizer.decode(codes[1:2]), atol=1e-5)
+
+
+# causality and streaming
+
+
+def test_a_frame_of_codes_does_not_depend_on_later_samples(tokenizer):
+    wave = speechlike(1, 10)
+    changed = wave.clone()
+    changed[:, 6 * FRAME_SAMPLES :] = torch.randn(1, 4 * FRAME_SAMPLES)
+    codes, other = tokenizer.encode(wave), tokenizer.encode(changed)
+    assert torch.equal(codes[:, :6], other[:, :6]) and not torch.equal(codes[:, 6:], other[:, 6:])
+
+
+def test_a_sample_does_not_depend_on_codes_beyond_the_stated_delay(tokenizer):
+    codes = tokenizer.encode(speechlike(1, 10))
+    changed = codes.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % CONFIG.codebook_size
+    wave, other = tokenizer.decode(codes), tokenizer.decode(changed)
+    known = 6 * FRAME_SAMPLES - DELAY_SAMPLES
+    assert torch.allclose(wave[:, :known], other[:, :known], atol=1e-6)
+    assert (wave[:, known:] - other[:, known:]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sizes", [[1920] * 9, [1] * 50 + [5000, 100, 12000], [480] * 36, [17_280]])
+def test_encoder_stream_equals_encode(tokenizer, sizes):
+    wave = speechlike(2, 9)[:, : sum(sizes)]
+    stream = tokenizer.encoder_stream(2)
+    parts = [stream.push(piece) for piece in wave.split(sizes, dim=1)]
+    assert torch.equal(torch.cat([*parts, stream.flush()], dim=1), tokenizer.encode(wave))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 11, [4, 1, 6], [11]])
+@pytest.mark.parametrize("depth", [CONFIG.n_codebooks, CONFIG.n_semantic])
+def test_decoder_stream_equals_decode_after_the_stated_delay(tokenizer, sizes, depth):
+    codes = tokenizer.encode(speechlike(2, 11))[..., :depth]
+    stream = tokenizer.decoder_stream(2)
+    parts = [stream.push(piece) for piece in codes.split(sizes, dim=1)]
+    assert [part.size(1) for part in parts] == [size * FRAME_SAMPLES for size in sizes]
+    streamed = torch.cat([*parts, stream.flush()], dim=1)
+    assert (streamed[:, stream.delay_samples :] - tokenizer.decode(codes)).abs().max() < 1e-4
+
+
+def test_stream_state_does_not_grow_and_a_flushed_stream_is_as_new(tokenizer):
+    wave = speechlike(1, 8)
+    stream = tokenizer.encoder_stream(1)
+    first = stream.push(wave)
+    sizes = [part.numel() for part in stream.state]
+    stream.push(torch.cat([wave] * 4, dim=1))
+    assert [part.numel() for part in stream.state] == sizes
+    stream.flush()
+    assert torch.equal(stream.push(wave), first)
+
+
+def test_a_file_longer_than_a_chunk_equals_one_pass(tokenizer, monkeypatch):
+    wave = speechlike(1, 25, extra=10)
+    codes = tokenizer.encode(wave)
+    decoded = tokenizer.decode(codes)
+    monkeypatch.setattr(rvq_tokenizer, "CHUNK_FRAMES", 4)
+    assert torch.equal(tokenizer.encode(wave), codes)
+    assert torch.allclose(tokenizer.decode(codes), decoded, atol=1e-5)
+
+
+# quantiser
+
+
+def quantizer(n_levels: int = 6) -> tuple[ResidualQuantizer, torch.Tensor]:
+    torch.manual_seed(1)
+    stack = ResidualQuantizer(n_levels, CONFIG)
+    vectors = torch.randn(400, CONFIG.codebook_dim)
+    stack.fit(vectors, 64, torch.Generator().manual_seed(0))
+    return stack, vectors.view(4, 100, -1)
+
+
+def test_gradient_passes_the_quantiser_with_gain_one():
+    stack, x = quantizer()
+    x = x.clone().requires_grad_()
+    out = stack(x, torch.full((4,), 6))
+    direction = torch.randn_like(x)
+    (out.latents * direction).sum().backward()
+    assert torch.allclose(x.grad, direction)
+
+
+def test_commitment_of_every_level_reaches_the_input():
+    stack, x = quantizer()
+    stack.eval()  # training would move the codebooks that the expectation is computed from
+    left = [x - total for total in prefix_sums(stack, stack.encode(x))]
+    x = x.clone().requires_grad_()
+    stack(x, torch.full((4,), 6)).commitment.backward()
+    # each level sees the input minus constants, so its gradient is 2 / numel times what it leaves over
+    expected = sum(2 * rest / rest.numel() for rest in left) / len(left)
+    assert left[-1].abs().max() > 0 and torch.allclose(x.grad, expected, atol=1e-9)
+
+
+def prefix_sums(stack: ResidualQuantizer, codes: torch.Tensor) -> list[torch.Tensor]:
+    return [stack.decode(codes[..., : k + 1]) for k in range(codes.size(-1))]
+
+
+def test_each_level_reduces_the_error_after_fitting():
+    stack, x = quantizer()
+    codes = stack.encode(x)
+    errors = [(x - total).square().mean().item() for total in prefix_sums(stack, codes)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_depth_is_per_sample_and_zero_gives_nothing():
+    stack, x = quantizer()
+    stack.eval()
+    out = stack(x, torch.tensor([0, 1, 3, 6]))
+    assert out.latents[0].abs().max() == 0
+    for row, depth in ((1, 1), (2, 3), (3, 6)):
+        assert torch.allclose(out.latents[row], stack.decode(out.codes[row : row + 1, :, :depth])[0], atol=1e-5)
+
+
+def test_every_level_learns_even_when_no_sample_keeps_it():
+    stack, x = quantizer()
+    before = [level.codebook.clone() for level in stack.levels]
+    stack.train()
+    stack(x + 0.5, torch.ones(4, dtype=torch.int64))
+    assert all(not torch.equal(level.codebook, book) for level, book in zip(stack.levels, before, strict=True))
+
+
+def test_evaluation_leaves_the_codebooks_alone():
+    stack, x = quantizer()
+    before = [level.codebook.clone() for level in stack.levels]
+    stack.eval()(x, torch.full((4,), 6))
+    assert all(torch.equal(level.codebook, book) for level, book in zip(stack.levels, before, strict=True))
+
+
+def test_dead_codes_come_back_and_used_ones_stay():
+    stack, x = quantizer(1)
+    book = stack.levels[0]._codebook
+    book.embed[0, 0] = book.embed_avg[0, 0] = 100.0  # no vector is near it
+    stack.train()
+    kept = book.embed[0, 1:].clone()
+    for _ in range(250):  # its moving average falls below a tenth of the uniform share
+        stack(x, torch.ones(4, dtype=torch.int64))
+    assert book.embed[0, 0].abs().max() < 10
+    assert (book.embed[0, 1:] - kept).abs().mean() < 0.5
+    assert codebook_use(stack.encode(x), CONFIG.codebook_size)[0].item() == 1.0
+
+
+def test_quantiser_stays_in_float32_under_autocast():
+    stack, x = quantizer()
+    stack.eval()
+    plain = stack(x, torch.full((4,), 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = stack(x, torch.full((4,), 6))
+    assert inside.latents.dtype == torch.float32 and torch.equal(inside.codes, plain.codes)
+
+
+def test_fitting_refuses_too_few_vectors():
+    with pytest.raises(ValueError, match="too few for 16 codes"):
+        ResidualQuantizer(1, CONFIG).fit(torch.randn(63, CONFIG.codebook_dim), 8, torch.Generator())
+
+
+def test_k_means_finds_separate_clusters():
+    centres = 10 * torch.eye(4)
+    vectors = (centres[:, None] + 0.1 * torch.randn(4, 50, 4)).flatten(0, 1)
+    found, counts = k_means(vectors, 16, torch.Generator().manual_seed(0))
+    assert torch.cdist(centres, found).min(dim=1).values.max() < 0.5 and counts.sum() == 200
+
+
+def test_codebook_use_counts_codes_and_entropy():
+    codes = torch.stack([torch.arange(16), torch.arange(16) % 4, torch.zeros(16, dtype=torch.int64)], dim=1)
+    usage, perplexity = codebook_use(codes, 16)
+    assert usage.tolist() == [1.0, 0.25, 0.0625] and perplexity.tolist() == pytest.approx([16, 4, 1])
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    "wave",
+    [
+        torch.zeros(1920),
+        torch.zeros(1, 2, 1920),
+        torch.zeros(1, 1920, dtype=torch.int16),
+        torch.full((1, 9), torch.nan),
+    ],
+    ids=["one dimension", "stereo", "integers", "not finite"],
+)
+def test_encode_refuses_bad_audio_in_one_line(tokenizer, wave):
+    with pytest.raises(ValueError) as error:
+        tokenizer.encode(wave)
+    assert "\n" not in str(error.value)
+
+
+def test_encode_refuses_no_samples(tokenizer):
+    with pytest.raises(ValueError, match="no samples"):
+        tokenizer.encode(torch.zeros(1, 0))
+
+
+def test_silence_and_one_sample_are_encoded_and_decoded(tokenizer):
+    for wave in (torch.zeros(1, 5000), torch.zeros(1, 1), torch.full((1, 1), 0.5)):
+        assert torch.isfinite(tokenizer.decode(tokenizer.encode(wave))).all()
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        torch.zeros(3, 32, dtype=torch.int64),
+        torch.zeros(1, 3, 33, dtype=torch.int64),
+        torch.zeros(1, 3, 0, dtype=torch.int64),
+        torch.zeros(1, 0, 32, dtype=torch.int64),
+        torch.zeros(1, 3, 32),
+        torch.full((1, 3, 32), CONFIG.codebook_size),
+        torch.full((1, 3, 32), -1),
+    ],
+    ids=["two dimensions", "too deep", "no codebooks", "no frames", "floats", "too large", "negative"],
+)
+def test_decode_refuses_bad_codes_in_one_line(tokenizer, codes):
+    with pytest.raises(ValueError) as error:
+        tokenizer.decode(codes)
+    assert "codes" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_streams_refuse_another_batch_size(tokenizer):
+    with pytest.raises(ValueError, match="opened for 2"):
+        tokenizer.encoder_stream(2).push(torch.zeros(1, 1920))
+    with pytest.raises(ValueError, match="opened for 2"):
+        tokenizer.decoder_stream(2).push(torch.zeros(1, 1, 32, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("change", [{"n_semantic": 32}, {"codebook_size": 0}, {"codebook_decay": 1.0}])
+def test_config_refuses_impossible_values(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        TokenizerConfig(**change)
+
+
+# files and command
+
+
+def test_saved_and_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    wave = speechlike(1, 4)
+    assert loaded.config == tokenizer.config and not loaded.training
+    assert torch.equal(loaded.encode(wave), tokenizer.encode(wave))
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+
+
+def test_fingerprint_changes_with_any_weight(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    other = load_tokenizer(tmp_path)
+    with torch.no_grad():
+        other.acoustic.levels[-1]._codebook.embed[0, 0, 0] += 1e-3
+    assert other.fingerprint() != tokenizer.fingerprint()
+
+
+def test_loading_refuses_a_missing_folder_and_another_config(tokenizer, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        load_tokenizer(tmp_path / "none")
+    save_tokenizer(tokenizer, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["config"]["unheard_of"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another version"):
+        load_tokenizer(tmp_path)
+
+
+def test_cpu_preset_has_about_ten_million_parameters():
+    model = RVQTokenizer(PRESETS["cpu"])
+    assert 9e6 < sum(parameter.numel() for parameter in model.parameters()) < 12e6
+    assert dataclasses.asdict(model.config)["n_semantic"] == 10
+    assert model.config.bits_per_second() == 3600
+
+
+def test_command_encodes_and_decodes_a_file(tokenizer, tmp_path, capsys):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    write_wav(tmp_path / "in.wav", speechlike(1, 8, extra=100)[0].numpy())
+    arguments = [str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert run(rvq_tokenizer.main, [*arguments, "--codebooks", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "9 frames" in printed and "0.50 kbit/s" in printed and "real-time factor" in printed
+    samples, rate = read_audio(tmp_path / "out.wav")
+    assert len(samples) == 8 * FRAME_SAMPLES + 100 and rate == SAMPLE_RATE
+
+
+def test_command_refuses_bad_input_in_one_line(tokenizer, tmp_path, capsys):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "text.wav").write_text("not audio")
+    write_wav(tmp_path / "in.wav", np.zeros(2000, dtype=np.float32))
+    flags = ["--tokenizer", str(tmp_path / "tokenizer")]
+    out = str(tmp_path / "out.wav")
+    cases = [
+        [str(tmp_path / "text.wav"), out, *flags],
+        [str(tmp_path / "none.wav"), out, *flags],
+        [str(tmp_path / "in.wav"), out, *flags, "--codebooks", "33"],
+        [str(tmp_path / "in.wav"), out, "--tokenizer", str(tmp_path / "none")],
+    ]
+    for case in cases:
+        assert run(rvq_tokenizer.main, case) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out.wav").exists()

@@ -1,0 +1,265 @@
+"""The training loop: resume == uninterrupted, accumulation == big batch, faults, the minimal script end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, write_tiny_data
+
+import demo
+import train_minimal
+import training
+from architecture import CSM, load_model, pick_depth_rows
+from checkpointing import load_newest_state, load_state, state_files
+from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, FolderBusy, only_run_in, run
+from dataset_pipeline import ConversationDataset, TokenCache
+from run_folder import read_metrics
+from rvq_tokenizer import load_tokenizer
+from text_tokenizer import ByteTokenizer
+from training import TrainConfig, evaluate_losses, gradient_step, lr_at, make_optimizer, micro_batch, train
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SHORT = {"max_steps": 6, "batch_rows": 1, "row_positions": 160, "warmup": 2, "save_every": 2, "eval_every": 3}
+
+
+@pytest.fixture(scope="session")
+def datasets(shared_data, tokenizer):
+    cache = TokenCache(shared_data, tokenizer)
+    layout = tiny_config().layout
+    return [
+        ConversationDataset(shared_data, split, cache, ByteTokenizer(), layout, 160, no_context)
+        for split, no_context in (("train", 0.15), ("val", 0.0))
+    ]
+
+
+def new_model(seed: int = 0) -> CSM:
+    torch.manual_seed(seed)
+    return CSM(tiny_config())
+
+
+def train_in(folder, datasets, **changes) -> CSM:
+    model = new_model()
+    assert train(model, *datasets, TrainConfig(**{**SHORT, **changes}), folder, {}, CPU) == EXIT_DONE
+    return model
+
+
+def assert_same_weights(one: CSM, other: CSM) -> None:
+    for (name, ours), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path, datasets, monkeypatch):
+    whole = train_in(tmp_path / "whole", datasets)
+
+    real, calls = training.gradient_step, []
+
+    def killed_in_step_5(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise SystemExit("killed")
+        return real(*args)
+
+    monkeypatch.setattr(training, "gradient_step", killed_in_step_5)
+    with pytest.raises(SystemExit):
+        train(new_model(), *datasets, TrainConfig(**SHORT), tmp_path / "cut", {}, CPU)
+    monkeypatch.undo()
+    assert load_newest_state(tmp_path / "cut")["step"] == 4
+
+    torch.manual_seed(99)  # a new process starts elsewhere
+    resumed = train_in(tmp_path / "cut", datasets)
+    assert_same_weights(whole, resumed)
+    assert_same_weights(load_model(tmp_path / "whole"), load_model(tmp_path / "cut"))
+    logs = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
+    for records in logs:
+        for record in records:
+            del record["train/frames_per_s"]
+    assert logs[0] == logs[1]
+    assert [record["step"] for record in logs[1]] == list(range(6))
+
+
+def test_a_torn_state_is_passed_over_with_a_warning(tmp_path, datasets):
+    whole = train_in(tmp_path / "whole", datasets)
+    train_in(tmp_path / "cut", datasets)
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    newest = state_files(tmp_path / "cut")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"state-00000006.pt is damaged .* using the one before it"):
+        resumed = train_in(tmp_path / "cut", datasets)
+    assert_same_weights(whole, resumed)
+
+
+def test_a_finished_run_is_left_alone(tmp_path, datasets):
+    train_in(tmp_path, datasets)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    train_in(tmp_path, datasets)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_another_config_does_not_resume_a_run(tmp_path, datasets):
+    train_in(tmp_path, datasets)
+    with pytest.raises(ValueError, match=r"was started with train=.*'lr': 0.001.*another --out"):
+        train(new_model(), *datasets, TrainConfig(**SHORT, lr=0.1), tmp_path, {}, CPU)
+    assert train(new_model(), *datasets, TrainConfig(**{**SHORT, "save_every": 5}), tmp_path, {}, CPU) == EXIT_DONE
+
+
+def test_accumulation_equals_one_big_batch(datasets):
+    config = TrainConfig(**SHORT, depth_share=1.0)
+    micro = [micro_batch(datasets[0], index, config) for index in range(2)]
+    assert micro[0][0].documents.shape != micro[1][0].documents.shape or len(micro[0][1]) != len(micro[1][1])
+    accumulated, whole = new_model(), new_model()
+    losses, norm = gradient_step(accumulated, torch.optim.SGD(accumulated.parameters(), lr=0.1), micro, config, CPU)
+
+    rows = [*datasets[0].plan(config.seed, 0)[:2]]
+    batch = datasets[0].collate(rows, seed=None)
+    # the same rows in one batch; speaker numbers are drawn per batch, so take those of the micro-batches
+    for b, (own, _) in enumerate(micro):
+        batch.tokens[b, : own.tokens.size(1)] = own.tokens[0]
+    picked = pick_depth_rows(batch.targets, 1.0, torch.Generator())
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    big_losses, big_norm = gradient_step(whole, optimizer, [(batch, picked)], config, CPU)
+    torch.testing.assert_close(losses, big_losses, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(norm, big_norm)
+    for ours, theirs in zip(accumulated.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_training_lowers_the_held_out_loss(tmp_path, datasets):
+    before = evaluate_losses(new_model(), datasets[1])
+    model = train_in(tmp_path, datasets, max_steps=40, lr=3e-3, save_every=40)
+    after = evaluate_losses(model, datasets[1])
+    assert after["loss"] < before["loss"] - 0.3
+    assert len(after["depth"]) == 3
+    assert after["loss"] == pytest.approx(after["c0"] + sum(after["depth"]) / 3)
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(datasets):
+    model = new_model()
+    with torch.no_grad():
+        model.projection.weight[0, 0] = float("inf")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = TrainConfig(**SHORT)
+    with pytest.raises(FloatingPointError, match="stopped before the update"):
+        gradient_step(model, make_optimizer(model, config), [micro_batch(datasets[0], 0, config)], config, CPU)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_rate_warms_up_and_falls_to_its_minimum():
+    config = TrainConfig(max_steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    rates = [lr_at(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert lr_at(100, config) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "grad_accum", "lr", "depth_share"])
+def test_impossible_training_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be"):
+        TrainConfig(**{name: 0})
+
+
+@pytest.fixture
+def minimal_flags(tmp_path, tokenizer_folder):
+    data = write_tiny_data(tmp_path / "data")
+    out = tmp_path / "run"
+    return ["--data", str(data), "--tokenizer", str(tokenizer_folder), "--out", str(out), "--max_steps", "3"]
+
+
+def test_the_minimal_script_trains_resumes_and_is_heard(tmp_path, minimal_flags, tokenizer_folder, capsys):
+    assert run(train_minimal.main, minimal_flags) == EXIT_DONE
+    out = tmp_path / "run"
+    text = capsys.readouterr().out
+    assert "loss " in text
+    assert "val loss" in text
+    assert {"model.safetensors", "config.json", "metrics.jsonl", "losses.png", "settings.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert list((out / "tensorboard").iterdir())
+    assert run(train_minimal.main, minimal_flags) == EXIT_DONE
+    assert "done already" in capsys.readouterr().out
+
+    flags = ["--checkpoint", str(out), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "demo")]
+    assert run(demo.main, [*flags, "--max_seconds", "0.8"]) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "trained for 3 steps, so its voice babbles" in text
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    rows = [row for group in summary["conversations"].values() for row in group]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["file"] is None or Path(row["file"]).stat().st_size == 44 + 2 * round(24_000 * row["seconds"])
+
+
+LONG_RUN = {**SHORT, "max_steps": 200, "save_every": 3}
+
+
+def train_long(data: str, tokenizer: str, out: str) -> int:
+    """A run long enough to be interrupted, for a process of its own."""
+    cache, text = TokenCache(Path(data), load_tokenizer(Path(tokenizer))), ByteTokenizer()
+    dataset = ConversationDataset(Path(data), "train", cache, text, tiny_config().layout, 160)
+    return train(new_model(), dataset, None, TrainConfig(**LONG_RUN), Path(out), {}, CPU)
+
+
+def test_kill_and_terminate_lose_nothing(tmp_path, shared_data, tokenizer_folder):
+    arguments = [str(shared_data), str(tokenizer_folder)]
+    assert train_long(*arguments, str(tmp_path / "whole")) == EXIT_DONE
+    code = "import sys, test_training; sys.exit(test_training.train_long(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments, str(tmp_path / "cut")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    expected = (
+        (signal.SIGKILL, 20, -signal.SIGKILL),
+        (signal.SIGTERM, 50, EXIT_SIGTERM),
+        (signal.SIGINT, 80, EXIT_SIGINT),
+    )
+    for number, step, exit_code in expected:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(read_metrics(tmp_path / "cut")) <= step:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(60) == exit_code
+        saved = load_newest_state(tmp_path / "cut")["step"]
+        logged = len(read_metrics(tmp_path / "cut"))
+        assert saved == logged if number != signal.SIGKILL else saved > logged - 2 * LONG_RUN["save_every"]
+    assert train_long(*arguments, str(tmp_path / "cut")) == EXIT_DONE
+    assert_same_weights(load_model(tmp_path / "whole"), load_model(tmp_path / "cut"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, minimal_flags, capsys):
+    with only_run_in(tmp_path / "run"):
+        assert run(train_minimal.main, minimal_flags) == EXIT_BUSY
+        assert "another run works in" in capsys.readouterr().err
+        with pytest.raises(FolderBusy), only_run_in(tmp_path / "run"):
+            pass
+
+
+def test_missing_inputs_are_one_line_each(tmp_path, minimal_flags, capsys):
+    data, tokenizer = minimal_flags[1], minimal_flags[3]
+    for flags, said in (
+        (["--data", str(tmp_path / "no"), "--tokenizer", tokenizer], "no collected data in"),
+        (["--data", data, "--tokenizer", str(tmp_path / "no")], "no rvq_tokenizer at"),
+        (["--data", data, "--tokenizer", tokenizer, "--max_steps", "0"], "max_steps=0 must be at least 1"),
+    ):
+        assert run(train_minimal.main, [*flags, "--out", str(tmp_path / "run")]) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+    assert run(demo.main, ["--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "demo")]) == EXIT_INPUT
+    assert "no csm at" in capsys.readouterr().err
+
+
+def test_a_state_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "state-00000001.pt"
+    torch.save({"format": 99, "step": 1}, path)
+    with pytest.raises(ValueError, match="has format 99, this code reads 1"):
+        load_state(path)

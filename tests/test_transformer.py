@@ -1,0 +1,89 @@
+"""The transformer block: causality, cache, positions, configs that cannot work."""
+
+import pytest
+import torch
+
+from transformer import KVCache, Transformer, TransformerConfig, rope_frequencies
+
+CONFIG = TransformerConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
+
+
+@pytest.fixture
+def stack() -> Transformer:
+    torch.manual_seed(0)
+    stack = Transformer(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)  # as initialised, attention is too flat to show a leak
+    return stack
+
+
+def positions(T: int) -> torch.Tensor:
+    return torch.arange(T)[None]
+
+
+def test_a_position_sees_itself_and_the_past_only(stack):
+    x = torch.randn(1, 6, 32, requires_grad=True)
+    out = stack(x, positions(6))
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(out[0, t].sum(), x, retain_graph=True)
+        moved = gradient[0].abs().sum(dim=1) > 0  # (T,)
+        assert moved.tolist() == [s <= t for s in range(6)]
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 5], [3, 1, 1, 4]])
+def test_cached_equals_uncached(stack, pieces):
+    x = torch.randn(2, 9, 32)
+    whole = stack(x, positions(9))
+    cache = KVCache(CONFIG, 2, 9, x)
+    parts, start = [], 0
+    for n in pieces:
+        parts.append(stack(x[:, start : start + n], positions(9)[:, start : start + n], cache=cache))
+        start += n
+    assert cache.length == 9
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_refuses_more(stack):
+    cache = KVCache(CONFIG, 1, 4, torch.zeros(1))
+    with pytest.raises(ValueError, match="the cache holds 4 positions, 5 are needed"):
+        stack(torch.randn(1, 5, 32), positions(5), cache=cache)
+
+
+def test_only_distances_matter(stack):
+    x = torch.randn(1, 5, 32)
+    torch.testing.assert_close(stack(x, positions(5)), stack(x, positions(5) + 700), atol=1e-4, rtol=1e-4)
+
+
+def test_order_matters(stack):
+    x = torch.randn(1, 5, 32)
+    swapped = x[:, [1, 0, 2, 3, 4]]
+    assert (stack(x, positions(5)) - stack(swapped, positions(5)))[0, -1].abs().max() > 1e-3
+
+
+def test_llama3_scaling_slows_long_waves_only():
+    plain = rope_frequencies(TransformerConfig(n_layers=1, d_model=128, n_heads=2, n_kv_heads=2, d_ff=8))
+    scaled = rope_frequencies(
+        TransformerConfig(n_layers=1, d_model=128, n_heads=2, n_kv_heads=2, d_ff=8, rope_scale=32)
+    )
+    wavelengths = 2 * torch.pi / plain
+    assert torch.equal(scaled[wavelengths < 2048], plain[wavelengths < 2048])
+    torch.testing.assert_close(scaled[wavelengths > 8192], plain[wavelengths > 8192] / 32)
+    assert (scaled <= plain).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 5}, "d_model=32 must be a multiple of n_heads=5"),
+        ({"n_kv_heads": 3}, "n_heads=4 must be a multiple of n_kv_heads=3"),
+        ({"n_heads": 32, "n_kv_heads": 1}, "must be even"),
+        ({"n_layers": 0}, "n_layers=0 must be at least 1"),
+        ({"rope_scale": 0.5}, "rope_scale=0.5 must be at least 1"),
+    ],
+)
+def test_impossible_dimensions_are_refused(changes, message):
+    values = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{**values, **changes})

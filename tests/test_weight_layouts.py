@@ -1,0 +1,133 @@
+"""Published layouts: exact round trips, the same logits from each, what does not fit is named."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import save_file
+from test_architecture import conversation_rows, transformers_twin
+
+import weight_layouts
+from architecture import load_model, save_model
+from command_line import EXIT_DONE, EXIT_INPUT, run
+from transformer import TransformerConfig, rope_frequencies
+from weight_layouts import (
+    TIED_AUDIO,
+    from_sesame,
+    from_transformers,
+    half_rows,
+    interleaved_rows,
+    load_published,
+    save_published,
+    to_sesame,
+    to_transformers,
+)
+
+STACK = TransformerConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, rope_scale=32)
+CSM_LIKE = {"zero_end_of_turn": True, "n_special_codes": 3, "backbone": STACK, "depth": STACK}
+
+
+@pytest.fixture
+def csm():
+    return tiny_model(**CSM_LIKE)
+
+
+@pytest.mark.parametrize(("there", "back"), [(to_sesame, from_sesame), (to_transformers, from_transformers)])
+def test_round_trips_are_exact(csm, there, back):
+    own = csm.state_dict()
+    again = back(there(own, csm.config), csm.config)
+    assert again.keys() == own.keys()
+    assert all(torch.equal(again[name], own[name]) for name in own)
+
+
+def test_names_are_the_published_ones(csm):
+    sesame = to_sesame(csm.state_dict(), csm.config)
+    assert {
+        "audio_head",
+        "decoder.layers.1.attn.output_proj.weight",
+        "backbone.layers.0.sa_norm.scale",
+    } <= sesame.keys()
+    theirs = transformers_twin(csm).state_dict()
+    ours = to_transformers(csm.state_dict(), csm.config)
+    missing = {name for name in theirs if not name.startswith("codec_model.")} - ours.keys()
+    assert missing == {TIED_AUDIO[0]}
+    assert all(theirs[name].shape == tensor.shape for name, tensor in ours.items())
+
+
+def test_interleaved_rotation_of_sesames_rows_equals_ours_of_the_permuted_rows():
+    d, x = STACK.d_head, torch.randn(5, 32)
+    weight = torch.randn(4 * d, 32)  # as Sesame stores it
+    angles = torch.arange(5)[:, None].float() * rope_frequencies(STACK)  # (5, d / 2)
+    pairs = (x @ weight.T).view(5, 4, d // 2, 2)  # torchtune: channels 2i and 2i + 1 turn together
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    ours = (x @ half_rows(weight, d).T).view(5, 4, d)
+    real, imaginary = ours[..., : d // 2], ours[..., d // 2 :]
+    rotated = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    torch.testing.assert_close(rotated, turned)
+    assert torch.equal(interleaved_rows(half_rows(weight, d), d), weight)
+    assert not torch.equal(half_rows(weight, d), weight)
+
+
+@pytest.mark.parametrize("layout", ["sesame", "transformers"])
+def test_a_published_file_gives_the_same_model(tmp_path, csm, layout):
+    save_published(csm, tmp_path, layout)
+    loaded = load_published(tmp_path, csm.config)
+    rows = conversation_rows(csm.config)
+    hidden = [model.hidden(rows.tokens[None], rows.mask[None]) for model in (csm, loaded)]
+    assert torch.equal(*hidden)
+    codes = torch.randint(0, 16, (3, 4))
+    assert torch.equal(*(model.depth_logits(hidden[0][0, :3], codes) for model in (csm, loaded)))
+
+
+@pytest.mark.parametrize("copies", [TIED_AUDIO[:1], TIED_AUDIO[1:], TIED_AUDIO])
+def test_either_copy_of_the_tied_table_is_enough(tmp_path, csm, copies):
+    tensors = to_transformers(csm.state_dict(), csm.config)
+    table = tensors.pop(TIED_AUDIO[1])
+    tensors |= {name: table.clone() for name in copies}
+    tensors["codec_model.anything"] = torch.zeros(3)
+    half = dict(list(tensors.items())[:9])
+    save_file(half, tmp_path / "transformers-00001-of-00002.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in half}
+    save_file(rest, tmp_path / "transformers-00002-of-00002.safetensors")
+    loaded = load_published(tmp_path, csm.config)
+    assert torch.equal(loaded.audio_embedding.weight, table)
+
+
+def test_two_copies_that_differ_are_refused(csm):
+    tensors = to_transformers(csm.state_dict(), csm.config)
+    tensors[TIED_AUDIO[0]] = tensors[TIED_AUDIO[1]] + 1
+    with pytest.raises(ValueError, match=r"the tied tensors .* differ"):
+        from_transformers(tensors, csm.config)
+
+
+def test_what_does_not_fit_is_named(tmp_path, csm):
+    tensors = {name: tensor.clone() for name, tensor in to_sesame(csm.state_dict(), csm.config).items()}
+    del tensors["projection.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor projection.weight \(32, 32\) is missing"):
+        load_published(tmp_path, csm.config)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_published(tmp_path, csm.config)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise RuntimeError('a pickle was run')",))
+
+
+def test_a_checkpoint_file_is_never_unpickled(tmp_path, csm):
+    torch.save(to_sesame(csm.state_dict(), csm.config), tmp_path / "ckpt.pt")
+    assert torch.equal(load_published(tmp_path, csm.config).projection.weight, csm.projection.weight)
+    torch.save({"bomb": Bomb()}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="damaged or not a file of tensors"):
+        load_published(tmp_path / "ckpt.pt", csm.config)
+
+
+def test_the_command_converts_ours_to_a_published_layout_and_back(tmp_path, csm, capsys):
+    save_model(csm, tmp_path / "ours")
+    assert run(weight_layouts.main, [str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "sesame"]) == EXIT_DONE
+    loaded = load_published(tmp_path / "out", csm.config)
+    assert torch.equal(loaded.depth_heads, load_model(tmp_path / "ours").depth_heads)
+    assert run(weight_layouts.main, [str(tmp_path / "none"), str(tmp_path / "out")]) == EXIT_INPUT
+    assert "no weights at" in capsys.readouterr().err
+    assert tiny_config(**CSM_LIKE) == csm.config

@@ -1,0 +1,191 @@
+"""The Llama block both stages are built of: RMSNorm, RoPE with llama3 scaling, grouped-query attention, SwiGLU.
+
+Knows nothing of text, codes or losses. Letters: B batch, T positions, D width, H heads, G key/value heads, d = D / H.
+RoPE pairs channel i with i + d/2 (the rotate-half order of transformers).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Dimensions of one stack. ValueError for those that cannot work."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int  # each is shared by n_heads // n_kv_heads query heads
+    d_ff: int
+    rope_base: float = 500_000.0
+    rope_scale: float = 1.0  # llama3 scaling factor; 32 for csm-1b, 1 = plain RoPE
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.d_head % 2:
+            raise ValueError(f"d_model / n_heads = {self.d_head} must be even for rotary positions")
+        if self.rope_scale < 1:
+            raise ValueError(f"rope_scale={self.rope_scale} must be at least 1")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+
+class KVCache:
+    """Static keys and values of one stack, filled from the left. Memory is allocated once for `max_positions`."""
+
+    def __init__(self, config: TransformerConfig, batch_size: int, max_positions: int, like: Tensor):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_positions, config.d_head)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (L, B, G, S, d)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0  # positions filled so far, the same for all layers once a forward pass is over
+
+    @property
+    def max_positions(self) -> int:
+        return self.keys.size(3)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, G, T, d) behind what is there; return all (B, G, length + T, d) of this layer."""
+        end = self.length + keys.size(2)
+        if end > self.max_positions:
+            raise ValueError(f"the cache holds {self.max_positions} positions, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rope_frequencies(config: TransformerConfig) -> Tensor:
+    """(d / 2,) radians per position; llama3 scaling slows waves longer than 2,048 positions (Llama 3.1, csm-1b)."""
+    exponents = torch.arange(0, config.d_head, 2, dtype=torch.float32) / config.d_head
+    frequencies = 1.0 / config.rope_base**exponents
+    if config.rope_scale == 1:
+        return frequencies
+    old_context, low, high = 8192, 1.0, 4.0
+    wavelengths = 2 * math.pi / frequencies
+    keep = ((old_context / wavelengths - low) / (high - low)).clamp(0, 1)  # 1: short wave, unscaled
+    return frequencies * (keep + (1 - keep) / config.rope_scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to (B, H, T, d); cos and sin are (B or 1, 1, T, d)."""
+    half = x.size(-1) // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions (arXiv 2305.13245, 2104.09864)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). `allowed` is a (B, 1, T, S) bool mask, or None for plain causal attention."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, G, T, d)
+        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
+        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        causal = allowed is None and T == k.size(2) > 1  # one new row may see all rows before it
+        grouped = self.n_heads != self.n_kv_heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, allowed, cache, layer)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """Blocks and a final norm; takes embeddings, gives hidden states.
+
+    Initialisation: every matrix normal with std 0.02, those that write into the residual stream divided by
+    sqrt(2 n_layers) (GPT-2); norms 1.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B or 1, T) positions -> cos and sin, each (B or 1, 1, T, d), in fp32."""
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, d / 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self, x: Tensor, positions: Tensor, allowed: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T, D) embeddings at (B or 1, T) positions -> (B, T, D) normed hidden states.
+
+        Without `allowed` attention is causal. With a cache, x continues what the cache holds; several new rows on a
+        non-empty cache get their causal mask here.
+        """
+        T = x.size(1)
+        if cache is not None and cache.length and T > 1 and allowed is None:
+            total = cache.length + T
+            allowed = torch.ones(T, total, dtype=torch.bool, device=x.device).tril(cache.length)[None, None]
+        rope = self.rope(positions)
+        x = x.to(self.norm.weight.dtype)  # under autocast the residual stream keeps the precision of the weights
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, allowed, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
