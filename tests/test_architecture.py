@@ -51,6 +51,7 @@ def transformers_twin(model: CSM):
         }
 
     shared = {"num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
+    pad = {"codebook_pad_token_id": c.audio_vocab_size - 1}
     depth = CsmDepthDecoderConfig(
         **dimensions(c.depth),
         **shared,
@@ -67,6 +68,7 @@ def transformers_twin(model: CSM):
     config = CsmConfig(
         **dimensions(c.backbone),
         **shared,
+        **pad,
         text_vocab_size=c.text_vocab_size,
         max_position_embeddings=2048,
         depth_decoder_config=depth,

@@ -4,12 +4,14 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import save_file
-from test_architecture import conversation_rows, transformers_twin
+from test_architecture import conversation_rows, loss_of, transformers_twin
 
 import weight_layouts
-from architecture import load_model, save_model
+from architecture import load_model, pick_depth_rows, save_model
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from transformer import TransformerConfig, rope_frequencies
+from frames import IGNORE, concatenate, next_frame_targets
+from generation import Sampling, generate_frame
+from transformer import KVCache, TransformerConfig, rope_frequencies
 from weight_layouts import (
     TIED_AUDIO,
     from_sesame,
@@ -131,3 +133,61 @@ def test_the_command_converts_ours_to_a_published_layout_and_back(tmp_path, csm,
     assert run(weight_layouts.main, [str(tmp_path / "none"), str(tmp_path / "out")]) == EXIT_INPUT
     assert "no weights at" in capsys.readouterr().err
     assert tiny_config(**CSM_LIKE) == csm.config
+
+
+def twin_inputs(twin, rows) -> torch.Tensor:
+    """(1, T, D) inputs of transformers' backbone, by its own tables."""
+    audio = twin.backbone_model.embed_tokens(rows.tokens[None, :, :-1])
+    text = twin.embed_text_tokens(rows.tokens[None, :, -1])
+    return torch.where(rows.mask[None, :, -1:], text, audio)
+
+
+def test_loss_and_gradients_equal_those_of_transformers_csm():
+    model = tiny_model(**CSM_LIKE, text_vocab_size=50)
+    twin = transformers_twin(model)
+    rows = conversation_rows(model.config, n_turns=3)
+    labels = torch.where(rows.mask[None, :, :-1], rows.tokens[None, :, :-1], IGNORE)
+    theirs = twin(inputs_embeds=twin_inputs(twin, rows), labels=labels).loss
+    theirs.backward()
+    targets = next_frame_targets(rows)[None]
+    ours = loss_of(model, rows, pick_depth_rows(targets, 1.0, torch.Generator())).total()
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in twin.named_parameters() if parameter.grad is not None}
+    for name, gradient in to_transformers(gradients, model.config).items():
+        if name not in TIED_AUDIO:
+            torch.testing.assert_close(
+                gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    tied = sum(expected[name] for name in TIED_AUDIO if name in expected)
+    torch.testing.assert_close(gradients["audio_embedding.weight"], tied, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_fifty_greedy_frames_equal_those_of_transformers_csm(seed):
+    model = tiny_model(seed, **{**CSM_LIKE, "n_special_codes": 0}, text_vocab_size=258)
+    twin = transformers_twin(model)
+    rows = concatenate([conversation_rows(model.config), model.config.layout.text_rows([256, 72, 105, 257])])
+    with torch.inference_mode():
+        expected = []
+        embedded = twin_inputs(twin, rows)
+        for _ in range(50):
+            hidden = twin.backbone_model(inputs_embeds=embedded).last_hidden_state[:, -1]
+            frame = twin.lm_head(hidden).argmax(dim=-1, keepdim=True)  # (1, 1)
+            for _ in range(1, model.config.n_codebooks):
+                inputs = torch.nn.functional.pad(frame, (1, 0))
+                logits = twin.depth_decoder(input_ids=inputs, backbone_last_hidden_state=hidden).logits
+                frame = torch.cat((frame, logits[:, -1:].argmax(dim=-1)), dim=1)
+            expected.append(frame[0])
+            embedded = torch.cat((embedded, twin.backbone_model.embed_tokens(frame[None])), dim=1)
+
+        cache = KVCache(model.config.backbone, 1, model.config.max_positions, embedded)
+        depth_cache = KVCache(model.config.depth, 1, model.config.n_codebooks, embedded)
+        hidden = model.hidden(rows.tokens[None], rows.mask[None], cache=cache)[:, -1]
+        for frame in expected:
+            codes = generate_frame(model, hidden, depth_cache, Sampling(temperature=0), torch.Generator())
+            assert torch.equal(codes[0], frame)
+            step = model.config.layout.audio_rows(codes)
+            hidden = model.hidden(step.tokens[None], step.mask[None], cache=cache)[:, -1]
+    assert len(set(torch.stack(expected)[:, 1].tolist())) > 1  # the frames differ from one another

@@ -1,0 +1,512 @@
+"""Measure a tokenizer and a speech model on held-out clips: python evaluation_framework.py
+
+Writes `report.json` (every figure with its definition, interval and sample size) and `report.html` (tables, plots and
+audio to listen to) into `--out`. The tokenizer part needs no checkpoint. A part whose inputs are unchanged is taken
+from the last run, so a stopped or repeated run goes on from there. A metric whose package is not installed is left out,
+and the report says what to install. The metrics themselves: `speech_metrics.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from architecture import CSM, load_model, pick_depth_rows
+from audio import SAMPLE_RATE
+from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
+from dataset_pipeline import Conversation, ConversationDataset, TokenCache, load_clips
+from evaluation_report import (
+    FULL,
+    GENERATED,
+    ORIGINAL,
+    REAL,
+    SEMANTIC,
+    collect_warnings,
+    drop_old_audio,
+    file_digest,
+    model_note,
+    print_summary,
+    reuse_or_measure,
+    save_audio,
+    write_report,
+)
+from generation import Conversation as Dialogue
+from generation import Reply, Sampling, check_tokenizer
+from run_folder import describe_environment, read_metrics
+from rvq_tokenizer import RVQTokenizer, load_tokenizer
+from speech_metrics import (
+    EVALUATION_PACKAGES,
+    METRICS,
+    Figure,
+    Item,
+    NotMeasurable,
+    Recognizer,
+    SpeakerEncoder,
+    Tally,
+    bootstrap,
+    code_histograms,
+    count_errors,
+    log_mel_distance,
+    perplexity_figures,
+    pesq_wb,
+    stoi,
+)
+from text_tokenizer import load_text_tokenizer
+from training import batch_losses
+from turn_shards import TurnRecord
+
+FORMAT = 1  # of the report and its parts; a part of another format is measured anew
+CHECKPOINT = Path("runs/minimal")
+PLAYERS = 12  # clips that the page offers to listen to
+CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
+CONTEXT_TURNS = 4  # that a generated turn hears before it
+REPLY_SECONDS = 8.0  # a generated turn is cut there
+PAIRED = {"log_mel_l1": log_mel_distance, "stoi": stoi, "pesq_wb": pesq_wb}
+NEEDS = {  # metric -> packages it cannot do without
+    "stoi": ("pystoi",),
+    "pesq_wb": ("pesq",),
+    "wer": ("faster_whisper", "whisper_normalizer", "jiwer"),
+    "speaker_similarity": ("resemblyzer",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the figures depend on besides data and weights."""
+
+    max_clips: int = 24  # held-out clips that are reconstructed and listened to
+    max_replies: int = 8  # held-out turns that the model speaks
+    asr: str = "bundled"
+    seed: int = 0  # of the choice of clips, of sampling and of the bootstrap
+
+    def __post_init__(self) -> None:
+        for name in ("max_clips", "max_replies"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Tools:
+    """The metrics that can be had here; `missing` says what to install for the others."""
+
+    def __init__(self, asr: str, threads: int):
+        self.missing: dict[str, str] = {}
+        for metric, packages in NEEDS.items():
+            absent = [name for name in packages if not _imports(name)]
+            if absent:
+                self.missing[metric] = f"{', '.join(absent)} not installed: {EVALUATION_PACKAGES}"
+        self.recognizer = None if "wer" in self.missing else Recognizer(asr, threads)
+        self.encoder = None if "speaker_similarity" in self.missing else SpeakerEncoder()
+        self.paired = {name: measure for name, measure in PAIRED.items() if name not in self.missing}
+
+    def embed(self, samples: np.ndarray) -> np.ndarray | NotMeasurable:
+        """The embedding, or the reason why there is none."""
+        if not len(samples):
+            return NotMeasurable("no clip to compare with")
+        try:
+            return self.encoder.embed(samples)
+        except NotMeasurable as reason:
+            return reason
+
+
+def _imports(name: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            return False
+    return True
+
+
+def mean_cosine(voice: np.ndarray | NotMeasurable, others: Sequence[np.ndarray | NotMeasurable]) -> float:
+    """Mean cosine of an embedding to others. NotMeasurable: it is missing itself, or there is none to compare with."""
+    if isinstance(voice, NotMeasurable):
+        raise voice
+    present = [other for other in others if not isinstance(other, NotMeasurable)]
+    if not present:
+        raise NotMeasurable("no clip to compare with")
+    return float(np.mean([voice @ other for other in present]))
+
+
+def plain(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict]]:
+    """Figures as values for JSON."""
+    return {
+        metric: {system: dataclasses.asdict(figure) for system, figure in systems.items()}
+        for metric, systems in figures.items()
+    }
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+Clip = tuple[TurnRecord, np.ndarray]
+
+
+def conversation_of(turn: TurnRecord) -> str:
+    """The unit of the bootstrap."""
+    return f"{turn.source}/{turn.conv_key}"
+
+
+def depths(tokenizer: RVQTokenizer) -> list[int]:
+    """Prefixes of the codebooks that the depth curve measures; the semantic stack and the whole are among them."""
+    K, S = tokenizer.config.n_codebooks, tokenizer.config.n_semantic
+    return sorted({k for k in (1, 4, S, S + 1, S + 6, K) if k <= K})
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: RVQTokenizer, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
+    """(N,) -> what the first k codebooks give back, (N,) each, for every k in `prefixes`."""
+    codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])  # (1, T, K)
+    return {k: tokenizer.decode(codes[..., :k])[0, : len(samples)].numpy() for k in prefixes}
+
+
+def evaluate_tokenizer(
+    clips: list[Clip], more_clips: list[Clip], tokenizer: RVQTokenizer, tools: Tools, settings: Settings, audio: Path
+) -> dict:
+    """Everything that needs no speech model. Writes the audio of the first clips to `audio`."""
+    begin = time.perf_counter()
+    K, S = tokenizer.config.n_codebooks, tokenizer.config.n_semantic
+    tally, by_depth = Tally(), Tally()
+    waves: list[dict[str, np.ndarray]] = []
+    rows: list[dict] = []
+    for index, (turn, samples) in enumerate(tqdm(clips, desc="reconstructing", unit="clip")):
+        copies = reconstruct(tokenizer, samples, depths(tokenizer))
+        waves.append({ORIGINAL: samples, FULL: copies[K], SEMANTIC: copies[S]})
+        for k, copy in copies.items():
+            for metric, measure in tools.paired.items():
+                by_depth.add(metric, str(k), conversation_of(turn), measure, samples, copy)
+        row = {"id": turn.utt_id, "speaker": turn.speaker_id, "style": turn.style, "text": turn.text}
+        rows.append({**row, "seconds": len(samples) / SAMPLE_RATE})
+        if index < PLAYERS:
+            rows[-1]["audio"] = save_audio(audio, f"clip-{index:02d}", waves[-1])
+    conversations = [conversation_of(turn) for turn, _ in clips]
+    if tools.recognizer is not None:
+        listen(tools.recognizer, tally, conversations, rows, waves)
+    if tools.encoder is not None:
+        compare_speakers(tools, tally, conversations, [turn.speaker_id for turn, _ in clips], waves)
+    curve = plain(by_depth.figures(settings.seed))
+    copies = {metric: {FULL: figure[str(K)], SEMANTIC: figure[str(S)]} for metric, figure in curve.items()}
+    return {
+        "codebooks": K,
+        "semantic_codebooks": S,
+        "bits_per_second": tokenizer.config.bits_per_second(),
+        "figures": {**copies, **plain(tally.figures(settings.seed))},
+        "depth": curve,
+        "use": codebook_use(more_clips, tokenizer),
+        "clips": rows,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def listen(
+    recognizer: Recognizer, tally: Tally, conversations: list[str], rows: list[dict], waves: list[dict[str, np.ndarray]]
+) -> None:
+    """Word and character errors of every system of every clip; transcripts go into `rows`."""
+    for conversation, row, systems in zip(conversations, tqdm(rows, desc="listening", unit="clip"), waves, strict=True):
+        row["transcripts"] = {system: recognizer.transcribe(wave) for system, wave in systems.items()}
+        try:
+            errors = {system: count_errors(row["text"], heard) for system, heard in row["transcripts"].items()}
+        except NotMeasurable as reason:
+            for system in systems:
+                tally.excluded["wer", system][str(reason)] += 1
+            continue
+        row["wer"] = {system: counts.wrong / counts.words for system, counts in errors.items()}
+        for system, counts in errors.items():
+            tally.add_errors(system, conversation, counts)
+            if system != ORIGINAL and ORIGINAL in errors:
+                change = counts.wrong - errors[ORIGINAL].wrong
+                tally.items["wer_change", system].append(Item(conversation, change, counts.words))
+
+
+def compare_speakers(
+    tools: Tools, tally: Tally, conversations: list[str], speakers: list[str], waves: list[dict[str, np.ndarray]]
+) -> None:
+    """Each copy against its original, and the two baselines that the number is read between."""
+    voices = [
+        {system: tools.embed(wave) for system, wave in systems.items()}
+        for systems in tqdm(waves, desc="comparing speakers", unit="clip")
+    ]
+    for i, (own, conversation) in enumerate(zip(voices, conversations, strict=True)):
+        same = [v[ORIGINAL] for j, v in enumerate(voices) if j != i and speakers[j] == speakers[i]]
+        other = [v[ORIGINAL] for j, v in enumerate(voices) if speakers[j] != speakers[i]]
+        pairs = {
+            f"{FULL} to its original": (FULL, [own[ORIGINAL]]),
+            f"{FULL} to the speaker's other clips": (FULL, same),
+            f"{SEMANTIC} to its original": (SEMANTIC, [own[ORIGINAL]]),
+            "baseline: original to the speaker's other clips": (ORIGINAL, same),
+            "baseline: original to other speakers": (ORIGINAL, other),
+        }
+        for name, (system, others) in pairs.items():
+            tally.add("speaker_similarity", name, conversation, mean_cosine, own[system], others)
+
+
+@torch.inference_mode()
+def codebook_use(clips: list[Clip], tokenizer: RVQTokenizer) -> dict:
+    """Usage and perplexity of every codebook over the frames of `clips`."""
+    V = tokenizer.config.codebook_size
+    counts: dict[str, np.ndarray] = {}  # conversation -> (K, V)
+    for turn, samples in tqdm(clips, desc="counting codes", unit="clip"):
+        codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])[0].numpy()  # (T, K)
+        name = conversation_of(turn)
+        counts[name] = counts.get(name, 0) + code_histograms(codes, V)
+    total = sum(counts.values())
+    return {
+        "codes": V,
+        "frames": int(total[0].sum()),
+        "conversations": len(counts),
+        "usage": (total > 0).mean(axis=1).tolist(),
+        "perplexity": [dataclasses.asdict(figure) for figure in perplexity_figures(counts)],
+    }
+
+
+# ---- speech model ----------------------------------------------------------------------------------------------------
+
+
+def held_out_losses(
+    model: CSM, dataset: ConversationDataset, limit: int, device: torch.device, seed: int
+) -> list[Figure]:
+    """K figures, nats per code of codebook 0..K-1, over the first `limit` documents, interval over conversations."""
+    samples = sorted(sample for row in dataset.plan(seed=0, epoch=0) for sample in row)[:limit]
+    items: list[list[Item]] = [[] for _ in range(model.config.n_codebooks)]
+    for sample in tqdm(samples, desc="held-out losses", unit="document"):
+        batch = dataset.collate([[sample]], seed=None)
+        depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
+        with torch.inference_mode():
+            losses = batch_losses(model, batch, depth_rows, device)
+        sums = [float(losses.c0_sum), *losses.depth_sum.tolist()]
+        counts = [int(losses.c0_count), *losses.depth_count.tolist()]
+        if not np.isfinite(sums).all():
+            raise ValueError(f"the model's loss is not finite ({sums[0]} for codebook 0); its weights are broken")
+        name = conversation_of(dataset.conversations[sample.conversation].turns[0])
+        for own, nats, count in zip(items, sums, counts, strict=True):
+            own.append(Item(name, nats, count))
+    return [dataclasses.replace(bootstrap(own, seed=seed), n=int(sum(i.weight for i in own))) for own in items]
+
+
+def choose_replies(conversations: list[Conversation], limit: int, seed: int) -> list[tuple[Conversation, int]]:
+    """Turns to speak, spread over the conversations: those whose speaker was heard in the turns before, if any."""
+    queues = []
+    for conversation in conversations:
+        speakers = conversation.speakers
+        heard = [i for i in range(len(speakers)) if speakers[i] in speakers[max(0, i - CONTEXT_TURNS) : i]]
+        random.Random(f"{seed}-{conversation.conv_id}").shuffle(heard)
+        queues.append([(conversation, i) for i in heard or range(len(speakers))])
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    return list(itertools.islice((choice for choice in rounds if choice is not None), limit))
+
+
+def speak(
+    model: CSM, tokenizer: RVQTokenizer, dataset: ConversationDataset, conversation: Conversation, index: int, seed: int
+) -> Reply:
+    """The model's version of one turn, after the real turns before it."""
+    sampling = Sampling(max_seconds=REPLY_SECONDS)
+    dialogue = Dialogue(model, tokenizer, dataset.text_tokenizer, sampling=sampling, seed=seed)
+    for i in range(max(0, index - CONTEXT_TURNS), index):
+        turn = conversation.turns[i]
+        codes = torch.from_numpy(dataset.cache.codes[turn.utt_id].astype(np.int64))
+        dialogue.add_turn(conversation.speakers[i], turn.text, codes=codes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty reply is counted below
+        return dialogue.speak(conversation.speakers[index], conversation.turns[index].text)
+
+
+@torch.inference_mode()
+def hear_codes(tokenizer: RVQTokenizer, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """(T, K) codes of some turns -> their audio one after the other, (N,); empty for no turns."""
+    waves = [tokenizer.decode(torch.from_numpy(part.astype(np.int64))[None])[0].cpu().numpy() for part in parts]
+    return np.concatenate(waves) if waves else np.zeros(0, np.float32)
+
+
+def evaluate_model(
+    model: CSM, tokenizer: RVQTokenizer, dataset: ConversationDataset, tools: Tools, settings: Settings, audio: Path
+) -> dict:
+    """Losses, and what the model says when it runs freely, beside the real turns through the same tokenizer."""
+    begin = time.perf_counter()
+    device = next(model.parameters()).device
+    tokenizer = tokenizer.to(device)
+    losses = held_out_losses(model, dataset, settings.max_clips, device, settings.seed)
+    choices = choose_replies(dataset.conversations, settings.max_replies, settings.seed)
+    tally, waves, rows = Tally(), [], []
+    voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
+    for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
+        reply = speak(model, tokenizer, dataset, conversation, index, settings.seed + number)
+        turn, speaker = conversation.turns[index], conversation.speakers[index]
+        before = range(max(0, index - CONTEXT_TURNS), index)
+        codes = {i: dataset.cache.codes[conversation.turns[i].utt_id] for i in (*before, index)}
+        own = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] == speaker])
+        others = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] != speaker])
+        waves.append({GENERATED: reply.samples, REAL: hear_codes(tokenizer, [codes[index]])})
+        voices.append({"own": own, "others": others})
+        time_reply(tally, conversation_of(turn), reply)
+        row = {"id": turn.utt_id, "speaker": turn.speaker_id, "text": turn.text, "seconds": reply.duration}
+        paths = save_audio(audio, f"reply-{number:02d}", {**waves[-1], "prompt, the speaker's turns before": own})
+        rows.append({**row, "ended": reply.ended, "audio": paths})
+    conversations = [conversation_of(conversation.turns[0]) for conversation, _ in choices]
+    if tools.recognizer is not None:
+        listen(tools.recognizer, tally, conversations, rows, waves)
+    if tools.encoder is not None:
+        compare_replies(tools, tally, conversations, waves, voices)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "codes": model.config.codebook_size,
+        "losses": [dataclasses.asdict(figure) for figure in losses],
+        "figures": plain(tally.figures(settings.seed)),
+        "replies": rows,
+        "device": device.type,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def time_reply(tally: Tally, conversation: str, reply: Reply) -> None:
+    """How long a reply took and whether it ended; an empty one is counted as excluded."""
+    tally.items["ended", GENERATED].append(Item(conversation, float(reply.ended)))
+    if not len(reply.samples):
+        for metric in ("real_time_factor", "first_audio"):
+            tally.excluded[metric, GENERATED]["empty reply"] += 1
+        return
+    tally.items["real_time_factor", GENERATED].append(Item(conversation, reply.seconds, reply.duration))
+    tally.items["first_audio", GENERATED].append(Item(conversation, reply.seconds_to_first_audio))
+
+
+def compare_replies(
+    tools: Tools,
+    tally: Tally,
+    conversations: list[str],
+    waves: list[dict[str, np.ndarray]],
+    voices: list[dict[str, np.ndarray]],
+) -> None:
+    """Generated and real turns against what the speaker, and the other one, said before; all through the tokenizer."""
+    for conversation, systems, prompts in zip(conversations, waves, voices, strict=True):
+        own, others = tools.embed(prompts["own"]), tools.embed(prompts["others"])
+        spoken = {system: tools.embed(wave) for system, wave in systems.items()}
+        pairs = {
+            f"{GENERATED} to its speaker's turns before": (GENERATED, own),
+            f"{GENERATED} to the other speaker's turns before": (GENERATED, others),
+            "baseline: real turn to its speaker's turns before": (REAL, own),
+            "baseline: real turn to the other speaker's turns before": (REAL, others),
+        }
+        for name, (system, voice) in pairs.items():
+            tally.add("speaker_similarity", name, conversation, mean_cosine, spoken[system], [voice])
+
+
+# ---- script ----------------------------------------------------------------------------------------------------------
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXIT_CODES_HELP)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of collect_data.py (default: data)")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=Path("runs/tokenizer"), help="trained tokenizer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help=f"trained speech model; without one only the tokenizer is measured (default: {CHECKPOINT}, if there)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--max_clips", type=int, default=defaults.max_clips, help="held-out clips to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_replies", type=int, default=defaults.max_replies, help="turns the model speaks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--asr",
+        default=defaults.asr,
+        help="recogniser for word errors: a faster-whisper model name (downloaded, for example large-v3) or a folder; "
+        "'bundled' is Whisper tiny.en from an installed package (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of clips and sampling (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the speech model, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace, settings: Settings) -> dict:
+    """Both parts, measured or taken from the last run, as the content of the report."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    checkpoint = args.checkpoint or CHECKPOINT
+    present = args.checkpoint is not None or (checkpoint / "model.safetensors").is_file()
+    model = load_model(checkpoint, args.device) if present else None
+    if model is not None:
+        check_tokenizer(model.config, tokenizer)
+    more_clips = load_clips(args.data, "test", CLIPS_FOR_CODES * settings.max_clips, settings.seed)
+    clips = random.Random(settings.seed).sample(more_clips, min(settings.max_clips, len(more_clips)))
+    tools = Tools(settings.asr, args.threads)
+    shared = {name: value for name, value in dataclasses.asdict(settings).items() if name != "max_replies"}
+    shared |= {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "missing": sorted(tools.missing)}
+    shared |= {"data": file_digest(args.data / "shards.jsonl")}
+    report = {
+        "format": FORMAT,
+        "environment": describe_environment(),
+        "settings": dataclasses.asdict(settings),
+        "metrics": {name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
+        "missing": tools.missing,
+    }
+    report["tokenizer"] = reuse_or_measure(
+        args.out,
+        "tokenizer",
+        shared,
+        lambda audio: evaluate_tokenizer(clips, more_clips, tokenizer, tools, settings, audio),
+    )
+    report["model"] = None
+    report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
+    if model is not None:
+        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
+        report["model"] = reuse_or_measure(
+            args.out,
+            "model",
+            {**shared, **own, "max_replies": settings.max_replies, "steps": steps_of(checkpoint)},
+            lambda audio: evaluate_model(
+                model, tokenizer, held_out(args.data, model, tokenizer), tools, settings, audio
+            ),
+        )
+    return {**report, "warnings": collect_warnings(report), "note": model_note(report)}
+
+
+def held_out(data: Path, model: CSM, tokenizer: RVQTokenizer) -> ConversationDataset:
+    """The held-out conversations as the model reads them."""
+    text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
+    cache, c = TokenCache(data, tokenizer), model.config
+    return ConversationDataset(data, "test", cache, text_tokenizer, c.layout, c.max_positions, no_context=0)
+
+
+def steps_of(checkpoint: Path) -> int | None:
+    """How long the run in this folder trained, if it says so."""
+    logged = read_metrics(checkpoint)
+    return logged[-1]["step"] + 1 if logged else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
+    settings = Settings(max_clips=args.max_clips, max_replies=args.max_replies, asr=args.asr, seed=args.seed)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingRequirement(f"device {args.device!r} asked for, but this torch sees no CUDA; use --device cpu")
+    torch.set_num_threads(args.threads)
+    with only_run_in(args.out):
+        report = measure(args, settings)
+        write_report(args.out, report)
+        drop_old_audio(args.out, report)
+    print_summary(report)
+    print(f"report: {args.out / 'report.html'} and {args.out / 'report.json'}")
+    if args.json:
+        print(json.dumps(report, allow_nan=False))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

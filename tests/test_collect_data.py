@@ -1,0 +1,467 @@
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import collect_data
+from audio import write_wav
+from collect_data import Source, Unit, UnitResult, fill_all, main
+from command_line import (
+    EXIT_BUSY,
+    EXIT_DONE,
+    EXIT_INPUT,
+    EXIT_MISSING,
+    EXIT_PARTIAL,
+    EXIT_STORAGE,
+    StopSignals,
+    only_run_in,
+    run,
+)
+from turn_shards import Collection, ShardWriter, make_turn, read_ledger, read_turns
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE = 16_000
+TEXT = "We are going home now."
+
+
+def voice_like(seed, seconds=1.2):
+    """Noise-modulated tone, loud enough to pass the checks; every seed gives other samples."""
+    generator = np.random.default_rng(seed)
+    moments = np.arange(int(seconds * RATE)) / RATE
+    tone = np.sin(2 * np.pi * 180 * moments) + 0.3 * generator.standard_normal(len(moments))
+    return (0.2 * tone / np.abs(tone).max()).astype(np.float32)
+
+
+def recording(folder, name, seed, text=TEXT):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_wav(folder / f"{name}.wav", voice_like(seed), RATE)
+    if text is not None:
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def recordings(folder, count):
+    for number in range(count):
+        recording(folder, f"clip{number:03d}", number)
+    return folder
+
+
+def collect(out, source, *flags):
+    return run(main, ["--sources", "local", "--input", str(source), "--out", str(out), "--workers", "1", *flags])
+
+
+def ids(out):
+    return [turn.utt_id for turn in read_turns(out, with_audio=False)]
+
+
+def reject_reasons(out):
+    lines = [line for path in out.glob("rejects/*/*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(json.loads(line)["reason"] for line in lines)
+
+
+def assert_whole(out, count):
+    """Every clip is there once, and every shard is what the ledger says."""
+    found = list(read_turns(out, with_audio=True))
+    assert len({turn.utt_id for turn in found}) == len({turn.pcm_sha256 for turn in found}) == len(found) == count
+    collection = Collection(out)
+    assert collection.adopted == []
+    assert collection.verify() == []
+    assert not list(out.glob("turns/*/.*"))
+
+
+# --- local recordings ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_turns_with_speakers_and_licence(tmp_path, capsys):
+    recording(tmp_path / "in" / "anna", "one", 1, "Good morning to you.")
+    recording(tmp_path / "in" / "ben", "two", 2)
+    soundfile.write(tmp_path / "in" / "ben" / "three.flac", voice_like(3), RATE)
+    (tmp_path / "in" / "ben" / "three.txt").write_text("WHERE ARE YOU GOING", encoding="utf-8")
+    soundfile.write(tmp_path / "in" / "ben" / "four.ogg", voice_like(4), RATE)
+    (tmp_path / "in" / "ben" / "four.txt").write_text(TEXT, encoding="utf-8")
+    soundfile.write(tmp_path / "in" / "ben" / "five.mp3", voice_like(5), RATE)
+    (tmp_path / "in" / "ben" / "five.txt").write_text(TEXT, encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    turns = {turn.origin_url: turn for turn in read_turns(tmp_path / "out", with_audio=True)}
+    assert sorted(turns) == ["anna/one", "ben/five", "ben/four", "ben/three", "ben/two"]
+    assert turns["anna/one"].speaker_id == "local:anna"
+    assert turns["ben/three"].text == "Where are you going"
+    assert {turn.license for turn in turns.values()} == {"NOASSERTION"}
+    assert not any(turn.synthetic or turn.redistributable for turn in turns.values())
+    assert "local" in capsys.readouterr().out
+    assert_whole(tmp_path / "out", 5)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_manifest_keeps_conversations_together_and_in_order(tmp_path, kind):
+    recordings(tmp_path, 4)
+    rows = [
+        {"audio": f"clip{n:03d}.wav", "text": f'She said, "number {"abcd"[n]} is here".', "speaker": "ab"[n % 2]}
+        | {"conversation": "dinner", "turn_index": 3 - n, "start": 1.5 * (3 - n), "style": "calm", "licence": "CC0-1.0"}
+        for n in range(4)
+    ]
+    path = tmp_path / f"list.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    else:
+        quoted = [",".join(f'"{str(value).replace(chr(34), chr(34) * 2)}"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *quoted]) + "\n", encoding="utf-8")
+    assert collect(tmp_path / "out", path) == EXIT_DONE
+    turns = list(read_turns(tmp_path / "out", with_audio=False))
+    assert [turn.turn_index for turn in turns] == [0, 1, 2, 3]
+    assert [turn.start_s for turn in turns] == [0.0, 1.5, 3.0, 4.5]
+    assert len({turn.conv_key for turn in turns}) == len({turn.split_group for turn in turns}) == 1
+    assert turns[0].text == 'She said, "number d is here".'
+    assert (turns[0].speaker_id, turns[0].style, turns[0].license) == ("local:b", "calm", "CC0-1.0")
+
+
+def test_a_second_run_adds_nothing_and_a_new_file_is_added(tmp_path):
+    recordings(tmp_path / "in", 3)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    before = (tmp_path / "out" / "shards.jsonl").read_bytes()
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    assert (tmp_path / "out" / "shards.jsonl").read_bytes() == before
+    recording(tmp_path / "in", "later", 77)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    assert_whole(tmp_path / "out", 4)
+
+
+def test_a_target_is_met_by_whole_units_and_then_there_is_nothing_to_do(tmp_path, capsys):
+    recordings(tmp_path / "in", 10)
+    assert collect(tmp_path / "out", tmp_path / "in", "--target_hours", str(5 / 3600)) == EXIT_DONE
+    assert len(ids(tmp_path / "out")) == 5  # 1.2 s each
+    capsys.readouterr()
+    assert collect(tmp_path / "out", tmp_path / "in", "--target_hours", str(5 / 3600)) == EXIT_DONE
+    assert "nothing to do" in capsys.readouterr().out
+    assert collect(tmp_path / "out", tmp_path / "in", "--target_hours", "1") == EXIT_PARTIAL
+    assert "target not reached" in capsys.readouterr().out
+    assert_whole(tmp_path / "out", 10)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_files_are_refused_with_reasons_and_a_mended_one_is_taken_on_the_next_run(tmp_path):
+    source = recordings(tmp_path / "in", 6)
+    (source / "clip000.wav").write_bytes(b"<html>not found</html>")
+    whole = (source / "clip001.wav").read_bytes()
+    (source / "clip001.wav").write_bytes(whole[: len(whole) // 2])  # header promises more
+    (source / "clip002.txt").write_text(" ...", encoding="utf-8")
+    (source / "clip003.txt").unlink()
+    soundfile.write(source / "nan.wav", np.full(RATE, np.nan, dtype=np.float32), RATE, subtype="FLOAT")
+    (source / "nan.txt").write_text(TEXT, encoding="utf-8")
+    write_wav(source / "twin.wav", voice_like(5), RATE)
+    (source / "twin.txt").write_text(TEXT, encoding="utf-8")
+    (source / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
+    write_wav(source / "latin.wav", voice_like(8), RATE)
+    assert collect(tmp_path / "out", source) == EXIT_PARTIAL
+    reasons = ["duplicate", "empty_text", *["missing_text"] * 2, *["unreadable_audio"] * 3]
+    assert reject_reasons(tmp_path / "out") == reasons
+    assert len(ids(tmp_path / "out")) == 2
+
+    recordings(source, 4)
+    assert collect(tmp_path / "out", source) == EXIT_DONE
+    assert len(ids(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"path": "a.wav", "text": "Hello."}\n', "column audio missing; found path, text"),
+        ('{"audio": "a.wav"}\n', "column text missing"),
+        ('{"audio": "a.wav", "text": "Hello.", "start": "soon"}\n', "line 1"),
+        ('{"audio": "a.wav", "text": "Hello."\n', "line 1"),
+        ('["a.wav", "Hello."]\n', "not an object"),
+        ("\n", "holds no turns"),
+        ('{"audio": "a.wav", "text": "Hello."}\n', "none of the 1 audio files"),
+    ],
+)
+def test_an_unusable_manifest_is_one_line_and_exit_2(tmp_path, capsys, content, said):
+    (tmp_path / "m.jsonl").write_text(content, encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "m.jsonl") == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_manifest_of_another_kind_or_encoding_is_one_line_and_exit_2(tmp_path, capsys):
+    recording(tmp_path, "a", 1)
+    (tmp_path / "m.csv").write_bytes("audio,text\na.wav,caf\u00e9\n".encode("latin-1"))
+    for name, said in (("a.wav", "expected a folder"), ("m.csv", "not UTF-8")):
+        assert collect(tmp_path / "out", tmp_path / name) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_turns_with_the_same_index_in_one_conversation_keep_ids_of_their_own(tmp_path):
+    recordings(tmp_path, 3)
+    rows = [{"audio": f"clip{n:03d}.wav", "text": TEXT, "conversation": "c", "turn_index": 1} for n in range(3)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "m.jsonl") == EXIT_DONE
+    assert_whole(tmp_path / "out", 3)
+
+
+def test_wrong_csv_columns_are_named(tmp_path, capsys):
+    (tmp_path / "m.csv").write_text("file,sentence\na.wav,Hello.\n", encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "m.csv") == EXIT_INPUT
+    assert "column audio and text missing; found file, sentence" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_missing_empty_or_without_transcripts_is_one_line_and_exit_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    recording(tmp_path / "silent", "a", 1, text=None)
+    for folder, said in (("none", "does not exist"), ("empty", "no audio"), ("silent", "no transcripts")):
+        assert collect(tmp_path / "out", tmp_path / folder) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_wrong_flags_end_with_exit_2(tmp_path):
+    for flags in (["--sources", "local"], ["--target_hours", "-1"], ["--target_hours", "nan"], ["--sources", "moon"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*flags, "--out", str(tmp_path)])
+        assert caught.value.code == EXIT_INPUT
+
+
+def test_a_source_that_looks_wrong_is_stopped(tmp_path, capsys):
+    recordings(tmp_path / "in", 60)
+    for number in range(50):
+        (tmp_path / "in" / f"clip{number:03d}.wav").write_bytes(b"nothing")
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_PARTIAL
+    assert "looks wrong" in capsys.readouterr().out
+    assert len(reject_reasons(tmp_path / "out")) == 41  # one more than 20 % of 200
+
+
+def test_a_missing_voice_is_exit_5(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect_data.synthetic_voices.importlib.util, "find_spec", lambda name: None)
+    assert run(main, ["--out", str(tmp_path)]) == EXIT_MISSING
+    assert "pip install" in capsys.readouterr().err
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_exit_4_and_a_second_run_completes(tmp_path, monkeypatch, capsys):
+    recordings(tmp_path / "in", 8)
+    real, calls = os.fsync, 0
+
+    def filling(handle):
+        nonlocal calls
+        calls += 1
+        if calls > 7:
+            raise OSError(28, os.strerror(28))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    assert collect(tmp_path / "out", tmp_path / "in", "--shard_minutes", "0.03") == EXIT_STORAGE
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert 0 < len(ids(tmp_path / "out")) < 8
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    assert_whole(tmp_path / "out", 8)
+
+
+def test_too_little_space_is_seen_before_the_work(tmp_path, monkeypatch):
+    recordings(tmp_path / "in", 1)
+    usage = type("Usage", (), {"free": 1_000})
+    monkeypatch.setattr(collect_data.shutil, "disk_usage", lambda path: usage)
+    assert collect(tmp_path / "out", tmp_path / "in", "--target_hours", "1") == EXIT_STORAGE
+
+
+def test_a_folder_one_may_not_write_to_is_exit_4(tmp_path, capsys):
+    recordings(tmp_path / "in", 1)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.access(locked, os.W_OK):  # root may write anywhere but into the kernel's own file systems
+        locked = Path("/sys")
+        if not locked.is_dir():
+            pytest.skip("no folder here refuses this user")
+    assert collect(locked / "data", tmp_path / "in") == EXIT_STORAGE
+    error = capsys.readouterr().err
+    assert str(locked / "data") in error
+    assert error.count("\n") == 1
+
+
+def test_a_second_run_in_the_same_folder_is_exit_6(tmp_path, capsys):
+    recordings(tmp_path / "in", 1)
+    with only_run_in(tmp_path / "out"):
+        assert collect(tmp_path / "out", tmp_path / "in") == EXIT_BUSY
+    assert "another run" in capsys.readouterr().err
+
+
+def start(out, source):
+    """A collecting process that has imported everything and waits for a line on its input."""
+    flags = ["--sources", "local", "--input", str(source), "--out", str(out), "--workers", "1"]
+    code = (
+        "import sys, collect_data; from command_line import run; print('ready', flush=True); sys.stdin.readline();"
+        f"sys.exit(run(collect_data.main, {[*flags, '--shard_minutes', '0.04']!r}))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+
+
+def set_going(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def wait_for_shards(out, count):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if (out / "shards.jsonl").read_bytes().count(b"\n") >= count:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"no {count} shards after a minute")
+
+
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path):
+    source, out = recordings(tmp_path / "in", 60), tmp_path / "out"
+    moments = random.Random(4)
+    processes = [start(out, source) for _ in range(5)]
+    try:
+        for process in processes:
+            process.stdout.readline()
+        committed: list[str] = []
+        for number, process in enumerate(processes):
+            set_going(process)
+            wait_for_shards(out, len(read_ledger(out)) + 1)
+            time.sleep(moments.uniform(0, 0.05))
+            process.kill()
+            process.wait()
+            kept = ids(out)
+            assert kept[: len(committed)] == committed, f"kill {number} lost committed turns"
+            committed = kept
+        assert 5 <= len(committed) < 60
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert collect(out, source) == EXIT_DONE
+    assert ids(out)[: len(committed)] == committed
+    assert_whole(out, 60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
+def test_a_stop_signal_commits_what_is_done_and_a_second_run_completes(tmp_path):
+    source = recordings(tmp_path / "in", 60)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / number.name
+        process = start(out, source)
+        process.stdout.readline()
+        set_going(process)
+        wait_for_shards(out, 1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert "local" in output
+        assert 0 < len(ids(out)) < 60
+        assert (out / "collection.json").is_file()
+        assert collect(out, source) == EXIT_DONE
+        assert_whole(out, 60)
+
+
+def test_a_damaged_shard_is_reported_and_collected_again(tmp_path, capsys):
+    recordings(tmp_path / "in", 4)
+    out = tmp_path / "out"
+    assert collect(out, tmp_path / "in", "--shard_minutes", "0.03") == EXIT_DONE
+    assert run(main, ["--verify", "--out", str(out)]) == EXIT_DONE
+    shard = out / read_ledger(out)[0].path
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert run(main, ["--verify", "--out", str(out)]) == EXIT_PARTIAL
+    assert "collected again" in capsys.readouterr().out
+    assert collect(out, tmp_path / "in") == EXIT_DONE
+    assert_whole(out, 4)
+
+
+def test_status_of_nothing_is_exit_2_and_of_a_collection_shows_it(tmp_path, capsys):
+    assert run(main, ["--status", "--out", str(tmp_path / "none")]) == EXIT_INPUT
+    recordings(tmp_path / "in", 2)
+    collect(tmp_path / "out", tmp_path / "in")
+    capsys.readouterr()
+    assert run(main, ["--status", "--out", str(tmp_path / "out")]) == EXIT_DONE
+    assert "NOASSERTION" in capsys.readouterr().out
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+def small_source(collection, name, seconds):
+    """One second of audio per unit."""
+    turns = [
+        make_turn(
+            voice_like([len(name), number], 1.0),
+            RATE,
+            TEXT,
+            utt_id=f"{name}:{number}",
+            source=name,
+            split_group=f"{name}:{number}",
+            conv_key=f"{name}:{number}",
+            speaker_id=name,
+        )
+        for number in range(seconds)
+    ]
+    writer = ShardWriter(collection, name, "1", shard_seconds=100)
+    results = ((Unit(turn.utt_id, None), UnitResult([turn], [])) for turn in turns)
+    return Source(name, "1", iter(()), endless=False, writer=writer, results=results)
+
+
+@pytest.mark.parametrize(("available", "expected"), [((20, 20), (6, 6)), ((2, 20), (2, 10)), ((20, 3), (9, 3))])
+def test_what_one_source_lacks_the_other_gives(tmp_path, available, expected):
+    collection = Collection(tmp_path)
+    sources = [
+        small_source(collection, name, count) for name, count in zip(("first", "second"), available, strict=True)
+    ]
+    with StopSignals() as stop, collect_data.progress_bar(12 / 3600, 0) as bar:
+        fill_all(sources, 12.0, {}, stop, bar)
+    assert tuple(round(collection.seconds(name)) for name in ("first", "second")) == expected
+
+
+# --- synthetic speech ------------------------------------------------------------------------------------------------
+
+TINY = "dialogue: {} (test)\nA: Good morning, {{name}}.\nB [sad]: I am so sorry.\n"
+
+
+def test_synthetic_dialogues_are_collected_with_their_ground_truth(tmp_path, monkeypatch):
+    corpus = tmp_path / "dialogues.txt"
+    corpus.write_text(TINY.format("one") + TINY.format("two"), encoding="utf-8")
+    monkeypatch.setattr(collect_data, "DIALOGUES", corpus)
+    flags = ["--sources", "synthetic", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert run(main, [*flags, "--target_hours", "0.001"]) == EXIT_DONE
+    turns = list(read_turns(tmp_path / "out", with_audio=False))
+    assert 3.6 <= sum(turn.duration_s for turn in turns) < 8
+    assert {turn.split_group for turn in turns} <= {"synthetic:one", "synthetic:two"}
+    for first, second in zip(turns[::2], turns[1::2], strict=True):
+        assert first.conv_key == second.conv_key
+        assert first.speaker_id != second.speaker_id
+        assert (first.style, second.style) == ("neutral", "sad")
+        assert first.synthetic and first.redistributable and first.license == "CC0-1.0"
+        assert first.sample_rate == 22_050
+        parameters = json.loads(second.voice_parameters)
+        assert parameters["style"]["rate"] < 1
+        assert 50 < parameters["f0_median_hz"] < 300
+    assert run(main, [*flags, "--target_hours", "0.003"]) == EXIT_DONE
+    found = ids(tmp_path / "out")
+    assert found[: len(turns)] == [turn.utt_id for turn in turns]
+    assert_whole(tmp_path / "out", len(found))
+
+
+def test_two_workers_give_the_same_turns_as_one(tmp_path):
+    collected = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        recordings(tmp_path / "in", 6)
+        flags = ["--sources", "local", "--input", str(tmp_path / "in"), "--out", str(out), "--workers", workers]
+        assert run(main, flags) == EXIT_DONE
+        collected.append([(turn.utt_id, turn.pcm_sha256) for turn in read_turns(out, with_audio=False)])
+    assert collected[0] == collected[1]
