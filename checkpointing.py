@@ -6,43 +6,83 @@ and plain values that loads with `weights_only=True`. Knows nothing of which mod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 FORMAT = 1  # of both kinds of file; a reader refuses others
 STATE_PATTERN = re.compile(r"state-(\d{8})\.pt")
 
 
+class ErrorKeepingFile:
+    """A file for writers that turn a full disk into an error of their own: `error` holds the OSError."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[ErrorKeepingFile]:
+    """Write a file that appears whole or not at all, also after a crash of the machine; OSError when it cannot."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            keeper = ErrorKeepingFile(file)
+            try:
+                yield keeper
+            except RuntimeError as error:
+                raise keeper.error or error from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # half of a file would only keep a full disk full
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The file holds all of `content` or what it held before, also after a crash of the machine."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, whole or not at all; OSError when it cannot be written."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as file:
+        file.write(serialize(own))
 
 
 def save_weights(folder: Path, kind: str, config: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write `config.json` and `model.safetensors`; `kind` names the architecture and is checked on load."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"format": FORMAT, "kind": kind, "config": config}, indent=2) + "\n"
-    partial = folder / "model.safetensors.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
     write_atomically(folder / "config.json", content.encode())
-    os.replace(partial, folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors)
 
 
 def load_weights(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -84,12 +124,8 @@ def save_state(folder: Path, step: int, state: dict, keep_last: int = 2) -> Path
     """Write `state-<step>.pt` atomically, then drop all but the newest `keep_last`. Tensors and plain values only."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{step:08d}.pt"
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         torch.save({"format": FORMAT, "step": step, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     for old in state_files(folder)[:-keep_last]:
         old.unlink()
     return path

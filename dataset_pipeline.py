@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -98,10 +100,10 @@ class TokenCache:
         entries = [entry for entry in read_ledger(data_dir) if entry.path is not None]
         content = " ".join([recipe, *(entry.sha256 for entry in entries)])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]  # of recipe and data
-        missing = [entry for entry in entries if not self._file(entry).is_file()]
-        if missing:
-            gains = loudness_gains(read_turns(data_dir, with_audio=False))
-            for entry in tqdm(missing, desc="tokenising", unit="shard"):
+        with filelock.FileLock(self.folder / ".lock"):  # a second process waits and finds the work done
+            missing = [entry for entry in entries if not self._file(entry).is_file()]
+            gains = loudness_gains(read_turns(data_dir, with_audio=False)) if missing else {}
+            for entry in tqdm(missing, desc="tokenising", unit="shard", disable=not missing):
                 self._make(data_dir, entry, tokenizer, gains, device)
         for entry in entries:
             self._load(entry)
@@ -119,10 +121,9 @@ class TokenCache:
                 coded = tokenizer.encode(torch.from_numpy(samples)[None].to(device))[0]  # (T, K)
             ids.append(turn.utt_id)
             codes.append(coded.cpu().numpy().astype(np.uint16))
-        partial = self._file(entry).with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.savez(file, ids=np.array(ids), lengths=[len(c) for c in codes], codes=np.concatenate(codes))
-        partial.replace(self._file(entry))
+        content = io.BytesIO()
+        np.savez(content, ids=np.array(ids), lengths=[len(c) for c in codes], codes=np.concatenate(codes))
+        write_atomically(self._file(entry), content.getvalue())
 
     def _load(self, entry: LedgerEntry) -> None:
         try:

@@ -49,7 +49,7 @@ call :step 6 "Demo: speak fixed conversations with the trained model" || goto st
 
 echo.
 echo Done. Started at %STARTED%, ended at %TIME%.
-echo   spoken replies   %CD%\runs\demo\*.wav
+echo   spoken replies   %CD%\runs\demo\*\conversation.wav
 echo   report           %CD%\runs\report\report.html
 echo   TensorBoard log  %CD%\runs (to see it: .venv\Scripts\tensorboard --logdir runs)
 exit /b 0

@@ -65,6 +65,6 @@ step 6 "Demo: speak fixed conversations with the trained model" \
     "$venv_python" demo.py --mode test
 
 printf '\nDone in %d min %d s.\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
-echo "  spoken replies   $PWD/runs/demo/*.wav"
+echo "  spoken replies   $PWD/runs/demo/*/conversation.wav"
 echo "  report           $PWD/runs/report/report.html"
 echo "  TensorBoard log  $PWD/runs (to see it: .venv/bin/tensorboard --logdir runs)"

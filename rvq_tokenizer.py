@@ -545,6 +545,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--codebooks", type=int, default=None, help="decode only the first N (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     args = parser.parse_args(argv)
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
     torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.tokenizer)
     used = tokenizer.config.n_codebooks if args.codebooks is None else args.codebooks

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from architecture import CSM, CSMConfig, load_model, preset, save_model
-from checkpointing import load_into
+from checkpointing import load_into, save_tensors
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from transformer import TransformerConfig
 
@@ -169,10 +169,7 @@ def save_published(model: CSM, folder: Path, layout: str) -> None:
         return
     convert = to_sesame if layout == "sesame" else to_transformers
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in convert(model.state_dict(), model.config).items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial)
-    partial.replace(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", convert(model.state_dict(), model.config))
 
 
 def is_ours(path: Path) -> bool:

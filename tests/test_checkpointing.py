@@ -1,5 +1,7 @@
 """Weights and training state: round trips, torn files, files of others, random state."""
 
+import errno
+import io
 import random
 
 import numpy as np
@@ -83,14 +85,29 @@ def test_random_state_comes_back_through_a_file(tmp_path):
     assert first[2] == second[2]
 
 
-def test_a_failed_write_keeps_the_old_content(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
+@pytest.mark.parametrize("what", ["bytes", "weights", "state"])
+def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(tmp_path, monkeypatch, what):
+    write = {
+        "bytes": lambda value: write_atomically(tmp_path / "file", bytes([value]) * 100_000),
+        "weights": lambda value: save_weights(tmp_path, "thing", {}, {"a": torch.full((100_000,), float(value))}),
+        "state": lambda value: save_state(tmp_path, 1, {"a": torch.full((100_000,), float(value))}),
+    }[what]
+    write(1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def full(self, content, room=[50_000]):  # noqa: B006 - shared between the calls on purpose
+        room[0] -= len(content)
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, content)
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+    class FullDisk(io.FileIO):
+        write = full
+
+    real = io.FileIO.write
+    monkeypatch.setattr("builtins.open", lambda path, mode: FullDisk(path, mode.replace("b", "")))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write(2)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
