@@ -1,0 +1,326 @@
+"""The tokenizer's training: exact resume, stages, refusals, what it leaves behind."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import voice, write_tiny_data
+
+import train_tokenizer
+from audio import FRAME_SAMPLES, read_audio
+from checkpointing import load_newest_state, load_state, state_files
+from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
+from run_folder import read_metrics, read_settings
+from rvq_tokenizer import PRESETS, load_tokenizer
+from train_tokenizer import Crops, TrainConfig, build_run, draw_depths, fastest, lr_at, main, train_step
+
+STEPS = 8
+FLAGS = {"preset": "debug", "max_steps": STEPS, "stage_a": 0.4, "batch_size": 2, "crop_frames": 4, "save_every": 2}
+FLAGS |= {"eval_every": 100, "precision": "fp32", "warmup": 2, "threads": 1}
+ROOT = Path(train_tokenizer.__file__).parent
+
+
+def arguments(data: Path, out: Path, **changes) -> list[str]:
+    flags = {"data": data, "out": out, **FLAGS, **changes}
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_picture():
+    """One clip to show instead of three: drawing takes longer than the tiny runs themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "N_SHOWN", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(one_picture, shared_data, tmp_path_factory) -> Path:
+    """A run of 8 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "tokenizer"
+    assert run(main, arguments(shared_data, out)) == EXIT_DONE
+    return out
+
+
+def signal_at(monkeypatch, step: int, number: int) -> None:
+    """The process signals itself while it does this step."""
+    original = train_tokenizer.train_step
+
+    def step_with_signal(trained):
+        if trained.step == step:
+            os.kill(os.getpid(), number)
+        return original(trained)
+
+    monkeypatch.setattr(train_tokenizer, "train_step", step_with_signal)
+
+
+# resume
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "code"), [(1, signal.SIGINT, EXIT_SIGINT), (4, signal.SIGTERM, EXIT_SIGTERM)]
+)
+def test_stopped_run_goes_on_to_the_same_weights(whole, shared_data, tmp_path, monkeypatch, step, number, code):
+    with monkeypatch.context() as patch:
+        signal_at(patch, step, number)
+        assert run(main, arguments(shared_data, tmp_path)) == code
+    assert load_newest_state(tmp_path)["step"] == step + 1 and not (tmp_path / "model.safetensors").exists()
+    assert run(main, arguments(shared_data, tmp_path)) == EXIT_DONE
+    assert weights(tmp_path) == weights(whole)
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(STEPS))
+
+
+def test_run_killed_without_warning_goes_on_to_the_same_weights(whole, shared_data, tmp_path):
+    command = [sys.executable, str(ROOT / "train_tokenizer.py"), *arguments(shared_data, tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(read_metrics(tmp_path)) < 3 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert len(read_metrics(tmp_path)) >= 3
+    assert run(main, arguments(shared_data, tmp_path)) == EXIT_DONE
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_torn_newest_state_costs_only_the_steps_since_the_one_before(whole, shared_data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 5, signal.SIGINT)
+        run(main, arguments(shared_data, tmp_path))
+    newest = state_files(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert run(main, arguments(shared_data, tmp_path)) == EXIT_DONE
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_run_killed_after_its_last_step_exports_the_same_weights(whole, shared_data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(main, arguments(shared_data, tmp_path)) == EXIT_SIGINT
+    assert not (tmp_path / "results.json").exists()
+    assert run(main, arguments(shared_data, tmp_path)) == EXIT_DONE
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_finished_run_is_skipped_with_its_figures(whole, shared_data, capsys):
+    before = (whole / "model.safetensors").stat().st_mtime_ns
+    assert run(main, arguments(shared_data, whole)) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed and "held-out log10-mel distance" in printed
+    assert (whole / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_precision_measured_at_the_start_is_kept_on_resume(shared_data, tmp_path, monkeypatch):
+    bf16_is_faster = {("fp32", 1): 1.0, ("bf16", 1): 0.5}
+    monkeypatch.setattr(train_tokenizer, "time_step", lambda trial, *_: bf16_is_faster[trial.config.precision, 1])
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGINT)
+        run(main, arguments(shared_data, tmp_path, precision="auto"))
+    monkeypatch.setattr(train_tokenizer, "time_step", lambda *_: pytest.fail("measured again"))
+    assert run(main, arguments(shared_data, tmp_path, precision="auto", max_steps=STEPS)) == EXIT_DONE
+    assert read_settings(tmp_path)["precision"] == "bf16"
+
+
+def test_measuring_leaves_weights_and_chance_alone(shared_data):
+    trained = build_run(TrainConfig(preset="debug", batch_size=2, crop_frames=4), crops(), [], torch.device("cpu"))
+    before, chance = [p.clone() for p in trained.model.parameters()], torch.get_rng_state()
+    precision, threads = fastest(trained)
+    assert precision in ("fp32", "bf16") and threads == torch.get_num_threads()
+    assert all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
+    assert all(p.grad is None for p in trained.model.parameters()) and torch.equal(chance, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(0.05, "fp32"), (0.2, "bf16")])
+def test_bf16_is_taken_only_if_it_saves_a_tenth(monkeypatch, saved, expected):
+    cost = {"fp32": 1.0, "bf16": 1.0 - saved}
+    monkeypatch.setattr(train_tokenizer, "time_step", lambda trial, *_: cost[trial.config.precision])
+    trained = build_run(TrainConfig(preset="debug", threads=1), crops(), [], torch.device("cpu"))
+    assert fastest(trained) == (expected, 1)
+
+
+# parts
+
+
+def crops(seconds: float = 4.0) -> Crops:
+    random = np.random.default_rng(0)
+    return Crops([0.1 * random.standard_normal(int(24_000 * seconds)).astype(np.float32) for _ in range(3)])
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data = crops()
+    first = data.batch(0, 5, 4, 9600)
+    assert first.shape == (4, 9600) and first.dtype == torch.float32
+    data.batch(0, 6, 4, 9600)
+    assert torch.equal(first, data.batch(0, 5, 4, 9600))
+    assert not torch.equal(first, data.batch(0, 6, 4, 9600)) and not torch.equal(first, data.batch(1, 5, 4, 9600))
+
+
+def test_clip_shorter_than_a_crop_is_padded_with_silence():
+    wave = crops(seconds=0.1).batch(0, 0, 2, 9600)
+    assert wave[:, :2400].abs().mean() > 0.01 and wave[:, 2400:].abs().max() == 0
+
+
+def test_depths_keep_a_semantic_codebook_and_cover_the_hierarchy():
+    depths = draw_depths(0, 0, 4000, 10, 22)
+    assert depths.semantic.min() == 1 and depths.semantic.max() == 10
+    share = torch.bincount(depths.acoustic, minlength=23) / 4000
+    assert share[0] == pytest.approx(0.1, abs=0.02) and share[22] == pytest.approx(0.5, abs=0.03)
+    assert (share[1:22] > 0).all()
+
+
+def test_rate_warms_up_stays_through_stage_a_and_falls_to_zero():
+    c = TrainConfig(max_steps=100, stage_a=0.3, warmup=10, lr=1e-3)
+    assert lr_at(0, c) == pytest.approx(1e-4) and lr_at(9, c) == lr_at(29, c) == pytest.approx(1e-3)
+    falling = [lr_at(step, c) for step in range(30, 101)]
+    assert falling == sorted(falling, reverse=True) and falling[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_loss_falls_in_both_stages():
+    config = TrainConfig(preset="debug", max_steps=80, stage_a=0.5, batch_size=2, lr=4e-3, crop_frames=6)
+    config = dataclasses.replace(config, precision="fp32", warmup=5)
+    clips = [voice(4.0, pitch, rate=24_000) for pitch in (110, 150, 220)]
+    trained = build_run(config, Crops(clips), [], torch.device("cpu"))
+    losses = []
+    for step in range(80):
+        if step == config.first_quantised_step:
+            train_tokenizer.fit_codebooks(trained)
+        losses.append(train_step(trained)["train/mel"])
+        trained.step += 1
+    assert np.mean(losses[30:40]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[70:]) < 0.95 * np.mean(losses[40:50])
+
+
+def test_gradient_that_is_not_finite_stops_before_the_update():
+    config = TrainConfig(preset="debug", batch_size=2, crop_frames=4, precision="fp32")
+    trained = build_run(config, crops(), [], torch.device("cpu"))
+    with torch.no_grad():
+        trained.model.semantic_out.weight[0, 0] = torch.nan
+    before = trained.model.decoder.head.weight.clone()
+    with pytest.raises(FloatingPointError, match="step 0: gradient norm is nan"):
+        train_step(trained)
+    assert torch.equal(before, trained.model.decoder.head.weight)
+
+
+def test_weight_average_follows_the_weights_and_takes_their_codebooks():
+    config = TrainConfig(preset="debug", batch_size=2, crop_frames=4, precision="fp32", stage_a=0.0, max_steps=9)
+    trained = build_run(config, crops(), [], torch.device("cpu"))
+    first = trained.model.decoder.head.weight.clone()
+    for _ in range(3):
+        train_step(trained)
+        trained.step += 1
+    average, last = trained.averaged().decoder.head.weight, trained.model.decoder.head.weight
+    assert 0 < (average - last).norm() < (first - last).norm()
+    assert torch.equal(trained.averaged().semantic.levels[0].codebook, trained.model.semantic.levels[0].codebook)
+
+
+@pytest.mark.parametrize(
+    "change", [{"preset": "huge"}, {"precision": "fp8"}, {"stage_a": 1.0}, {"max_steps": 0}, {"crop_frames": 1}]
+)
+def test_config_refuses_impossible_values(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        TrainConfig(**change)
+
+
+# what a run leaves
+
+
+def test_finished_run_leaves_a_tokenizer_and_samples(whole):
+    tokenizer = load_tokenizer(whole)
+    assert tokenizer.config == PRESETS["debug"]
+    wave, _ = read_audio(whole / "samples" / "0_original.wav")
+    for name in ("reconstruction", "semantic_only"):
+        samples, _ = read_audio(whole / "samples" / f"0_{name}.wav")
+        assert len(samples) == len(wave) and np.abs(samples).max() > 0
+    assert (whole / "losses.png").read_bytes().startswith(b"\x89PNG")
+    codes = tokenizer.encode(torch.from_numpy(wave)[None])
+    assert codes.shape == (1, -(-len(wave) // FRAME_SAMPLES), 32)
+
+
+def test_results_hold_the_figures_of_the_exported_weights(whole):
+    results = json.loads((whole / "results.json").read_text())
+    assert results["step"] == STEPS and results["held_out/tokens"] > 0 and results["held_out/mel"] > 0
+    assert len(results["held_out/usage_per_codebook"]) == len(results["held_out/perplexity_per_codebook"]) == 32
+    assert all(1 <= value <= 16 for value in results["held_out/perplexity_per_codebook"])
+
+
+def test_tensorboard_has_scalars_pictures_and_audio(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(whole / "tensorboard"))
+    log.Reload()
+    tags = log.Tags()
+    assert {"train/loss", "train/mel", "held_out/mel", "held_out/perplexity"} <= set(tags["scalars"])
+    assert "held_out/0" in tags["images"]
+    assert {"held_out/0", "held_out/0_original"} <= set(tags["audio"])
+    assert len(log.Scalars("train/loss")) == STEPS
+
+
+def test_states_hold_plain_values_and_only_the_last_two_stay(whole):
+    paths = state_files(whole)
+    assert len(paths) <= 2 and load_state(paths[-1])["step"] == STEPS
+
+
+# refusals
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole, shared_data, capsys):
+    assert run(main, arguments(shared_data, whole, lr=0.5)) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "started with lr=" in error and error.count("\n") == 1
+
+
+def test_settings_of_saving_and_evaluating_may_change(whole, shared_data):
+    assert run(main, arguments(shared_data, whole, save_every=3, eval_every=7)) == EXIT_DONE
+
+
+def test_too_little_audio_is_refused_in_one_line(tmp_path, capsys):
+    data = write_tiny_data(tmp_path / "data", n_conversations=6)
+    assert run(main, arguments(data, tmp_path / "out")) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "s of training audio, 30 s are needed" in error and "collect_data.py" in error and error.count("\n") == 1
+
+
+def test_missing_data_is_refused_in_one_line(tmp_path, capsys):
+    assert run(main, arguments(tmp_path / "nothing", tmp_path / "out")) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "collect_data.py" in error and error.count("\n") == 1
+
+
+def test_second_run_in_the_same_folder_is_refused(shared_data, tmp_path, capsys):
+    with only_run_in(tmp_path):
+        assert run(main, arguments(shared_data, tmp_path)) == EXIT_BUSY
+    assert "another run" in capsys.readouterr().err
+
+
+def test_full_disk_ends_in_one_line_and_the_run_goes_on_later(whole, shared_data, tmp_path, monkeypatch, capsys):
+    def full(folder, step, state):
+        raise OSError(errno.ENOSPC, "no space", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, "save_state", full)
+        assert run(main, arguments(shared_data, tmp_path)) == EXIT_STORAGE
+    assert "free some space" in capsys.readouterr().err
+    assert run(main, arguments(shared_data, tmp_path)) == EXIT_DONE
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_help_names_every_flag_and_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "exit codes" in printed
+    for name in ("data", "out", "threads", "device", *TrainConfig.__dataclass_fields__):
+        assert f"--{name}" in printed
