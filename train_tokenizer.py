@@ -46,7 +46,7 @@ FIT_VECTORS = 8  # per code, for k-means
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     preset: str = "cpu"
-    max_steps: int = 1100
+    max_steps: int = 1000
     stage_a: float = 0.3
     batch_size: int = 8
     crop_frames: int = 12
