@@ -68,8 +68,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + defaults)
     parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + defaults)
     parser.add_argument("--max_seconds", type=float, default=5.0, help="cut a turn that has not ended" + defaults)
+    parser.add_argument("--min_seconds", type=float, default=1.5, help="a turn does not end before" + defaults)
     parser.add_argument("--seed", type=int, default=0, help="of the draws" + defaults)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 = torch's choice" + defaults)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + defaults
+    )
     args = parser.parse_args(argv)
     if (args.voice is None) != (args.voice_text is None):
         parser.error("--voice and --voice_text go together: the clip and what is said in it")
@@ -119,7 +122,9 @@ def warm_up(model: CSM, tokenizer: RVQTokenizer) -> None:
 def test_mode(args: argparse.Namespace, model: CSM, tokenizer: RVQTokenizer) -> dict[str, list[dict]]:
     """Speak all fixed conversations; rows per conversation."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, max_seconds=args.max_seconds)
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, max_seconds=args.max_seconds, min_seconds=args.min_seconds
+    )
     voice = read_audio(args.voice)[0] if args.voice else None
     results = {}
     n_turns = sum(len(turns) for turns in TEST_CONVERSATIONS.values())
@@ -153,8 +158,9 @@ def print_results(results: dict[str, list[dict]], args: argparse.Namespace) -> N
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
+    torch.set_num_threads(args.threads)
     with only_run_in(args.out):
         model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
         start = time.perf_counter()

@@ -6,6 +6,7 @@ D backbone width.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ class Sampling:
     temperature: float = 0.9  # 0 = always the likeliest code
     top_k: int = 50
     max_seconds: float = 10.0  # a turn that has not ended by then is cut
+    min_seconds: float = 0.0  # no end of turn before; not for csm-1b, whose end is an ordinary frame
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -39,10 +41,16 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
         if self.max_seconds < 1 / FRAME_RATE:
             raise ValueError(f"max_seconds={self.max_seconds} must be at least one frame, {1 / FRAME_RATE} s")
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(f"min_seconds={self.min_seconds} must lie between 0 and max_seconds={self.max_seconds}")
 
     @property
     def max_frames(self) -> int:
         return int(self.max_seconds * FRAME_RATE)
+
+    @property
+    def min_frames(self) -> int:
+        return math.ceil(self.min_seconds * FRAME_RATE)
 
 
 class Reply(NamedTuple):
@@ -75,14 +83,19 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
 
 
 def generate_frame(
-    model: CSM, hidden: Tensor, depth_cache: KVCache, sampling: Sampling, generator: torch.Generator
+    model: CSM,
+    hidden: Tensor,
+    depth_cache: KVCache,
+    sampling: Sampling,
+    generator: torch.Generator,
+    may_end: bool = True,
 ) -> Tensor:
     """(B, D) backbone states of the last row -> (B, K) codes of the next frame; end of turn is code V in codebook 0.
 
-    Only codebook 0 may take a special code, and only that of the end of turn.
+    Only codebook 0 may take a special code, and only that of the end of turn, if the turn `may_end`.
     """
     c = model.config
-    allowed_first = c.codebook_size if c.zero_end_of_turn else c.layout.end_of_turn + 1
+    allowed_first = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
     code = draw(model.codebook0_head(hidden)[:, :allowed_first], sampling, generator)
     codes = [code]
     if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
@@ -168,8 +181,9 @@ class Conversation:
         hidden = self._read(layout.turn_rows(prompt))
         try:
             while len(spoken) < self.sampling.max_frames:
+                may_end = len(spoken) >= self.sampling.min_frames
                 with torch.inference_mode():
-                    frame = generate_frame(self.model, hidden, self.depth_cache, self.sampling, self.generator)
+                    frame = generate_frame(self.model, hidden, self.depth_cache, self.sampling, self.generator, may_end)
                 self.ended = bool(layout.is_end_of_turn(frame[0]))
                 if self.ended:
                     break

@@ -53,7 +53,7 @@ class TrainConfig:
     lr: float = 2e-3
     warmup: int = 50
     ema_decay: float = 0.998
-    eval_every: int = 500
+    eval_every: int = 200
     save_every: int = 250
     precision: str = "auto"
     threads: int = 0

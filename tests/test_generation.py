@@ -99,6 +99,13 @@ def test_an_immediate_end_is_empty_audio_and_a_warning(talk, model):
     assert len(conversation.turns) == 2
 
 
+def test_a_turn_does_not_end_before_min_seconds(talk, model):
+    sampling = Sampling(temperature=0, max_seconds=2.0, min_seconds=0.5)
+    reply = talk(sampling, own=with_end_of_turn_logit(model, 1e9)).speak(0, "hello")
+    assert len(reply.codes) == 7
+    assert reply.ended
+
+
 def test_codes_above_the_codebooks_are_never_drawn(talk):
     model = tiny_model(n_special_codes=3)
     with torch.no_grad():
@@ -159,6 +166,7 @@ def test_sampling_follows_temperature_and_top_k():
     [
         ({"temperature": -1}, "temperature=-1 must be 0 or more"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"min_seconds": 11}, "min_seconds=11 must lie between 0 and max_seconds=10"),
         ({"max_seconds": 0}, "max_seconds=0 must be at least one frame"),
     ],
 )

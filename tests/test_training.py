@@ -188,7 +188,7 @@ def test_the_minimal_script_trains_resumes_and_is_heard(tmp_path, minimal_flags,
     assert "done already" in capsys.readouterr().out
 
     flags = ["--checkpoint", str(out), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "demo")]
-    assert run(demo.main, [*flags, "--max_seconds", "0.8"]) == EXIT_DONE
+    assert run(demo.main, [*flags, "--min_seconds", "0.3", "--max_seconds", "0.8"]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "trained for 3 steps, so its voice babbles" in text
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
