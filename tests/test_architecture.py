@@ -141,7 +141,7 @@ def test_a_new_model_is_as_unsure_as_it_should_be():
     model = CSM(tiny_config())
     rows = conversation_rows(model.config, n_turns=4)
     losses = loss_of(model, rows, pick_depth_rows(next_frame_targets(rows)[None], 1.0, torch.Generator()))
-    assert float(losses.c0_sum / losses.c0_count) == pytest.approx(math.log(17), abs=0.1)
+    assert (losses.c0_sum / losses.c0_count).item() == pytest.approx(math.log(17), abs=0.1)
     assert (losses.depth_sum / losses.depth_count).tolist() == pytest.approx([math.log(17)] * 3, abs=0.1)
 
 

@@ -143,6 +143,8 @@ def test_ctrl_c_reaches_the_step_and_ends_the_experiment_with_its_code(small_exp
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # tests started in the background ignore SIGINT and would hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (small_experiment / "begun").exists() and time.monotonic() < deadline:
