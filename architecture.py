@@ -231,7 +231,7 @@ def save_model(model: CSM, folder: Path) -> None:
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> CSM:
     """A model written by `save_model`, in eval mode. ValueError names the first tensor that does not fit."""
-    config, tensors = load_weights(Path(folder), WEIGHTS_KIND)
+    config, tensors = load_weights(Path(folder), WEIGHTS_KIND, "python train_minimal.py")
     model = CSM(CSMConfig.from_dict(config))
     load_into(model, tensors, str(folder))
     return model.to(device).eval()

@@ -85,11 +85,15 @@ def save_weights(folder: Path, kind: str, config: dict, tensors: dict[str, torch
     save_tensors(folder / "model.safetensors", tensors)
 
 
-def load_weights(folder: Path, kind: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The config and tensors of a folder written by `save_weights`. ValueError if it is not of this kind."""
+def load_weights(folder: Path, kind: str, maker: str = "") -> tuple[dict, dict[str, torch.Tensor]]:
+    """The config and tensors of a folder written by `save_weights`. ValueError if it is not of this kind.
+
+    `maker` is the command that makes one, for the message where there is none.
+    """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {kind} at {folder}: {name} is missing")
+            remedy = f"; train one with: {maker} --out {folder}" if maker else ""
+            raise FileNotFoundError(f"no {kind} at {folder}: {name} is missing{remedy}")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = (content["format"], content["kind"])

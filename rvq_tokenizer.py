@@ -517,7 +517,7 @@ def save_tokenizer(tokenizer: RVQTokenizer, folder: Path) -> None:
 
 def load_tokenizer(folder: Path, device: str = "cpu") -> RVQTokenizer:
     """A tokenizer written by `save_tokenizer`, ready for use. ValueError or FileNotFoundError if there is none."""
-    config, tensors = load_weights(Path(folder), KIND)
+    config, tensors = load_weights(Path(folder), KIND, "python train_tokenizer.py")
     try:
         tokenizer = RVQTokenizer(TokenizerConfig(**config))
     except TypeError as error:
