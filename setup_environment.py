@@ -253,9 +253,9 @@ def create_venv(venv: Path) -> None:
             "this Python cannot make virtual environments (its module venv or ensurepip is missing); "
             f"on Debian and Ubuntu: apt install python3.{sys.version_info.minor}-venv"
         )
-    if packages is not None and "pip" in packages.halves:  # else ensurepip takes a half-written pip for a whole one
-        for folder in venv.glob("[Ll]ib/**/site-packages/pip-*.dist-info"):
-            shutil.rmtree(folder)
+    for name in {"pip", "setuptools"} & set(packages.halves if packages else ()):
+        for folder in venv.glob(f"[Ll]ib/**/site-packages/{name}-*.dist-info"):
+            shutil.rmtree(folder)  # else ensurepip takes what is half-written for whole
     print(f"making the environment {venv} with Python {platform.python_version()}", flush=True)
     answer = subprocess.run(isolated(sys.executable, "-m", "venv", str(venv)), capture_output=True, text=True)
     made = read_packages(venv)

@@ -223,6 +223,14 @@ def test_a_half_written_pip_is_completed(root, full):
     assert (site_packages(full) / "pip" / "__main__.py").exists()
 
 
+def test_an_environment_killed_while_its_tools_were_unpacked_is_completed(root, full):
+    shutil.rmtree(next(site_packages(full).glob("pip-*.dist-info")))
+    for mark in site_packages(full).glob("setuptools-*.dist-info/INSTALLER"):  # from Python 3.12 on there is none
+        mark.unlink()
+    assert setup(root, full, "--extras") == 0
+    assert setup(root, full, "--extras", "--check") == 0
+
+
 def test_a_lost_dependency_of_a_pin_is_found_and_installed(root, full, capfd):
     shutil.rmtree(site_packages(full) / "below-1.0.dist-info")
     assert setup(root, full, "--extras", "--check") == EXIT_MISSING
@@ -250,7 +258,7 @@ def test_a_build_label_does_not_count_as_another_release(tmp_path):
 def test_an_installation_killed_at_any_moment_is_completed_by_the_next(root, tmp_path):
     command = "import sys, pathlib, setup_environment as s; sys.exit(s.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
     words = [sys.executable, "-c", command, str(root), "--venv", str(tmp_path / "new"), "--extras", "data"]
-    for seconds in (0.5, 2.5):
+    for seconds in (0.5, 2.5, 2.0):
         process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=seconds)
