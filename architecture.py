@@ -1,7 +1,9 @@
 """The Conversational Speech Model: a backbone over interleaved text and audio, a depth decoder over codebooks.
 
-Sesame, "Crossing the Uncanny Valley of Conversational Voice" (2025), section "Conversational Speech Model". Tensors in,
-tensors out; knows nothing of files of audio, tokenizers or training loops.
+Sesame, "Crossing the Uncanny Valley of Conversational Voice" (2025), section "Conversational Speech Model", and what
+this project adds to it, each by a switch of the config: VoiceTextCrossAttention, ConversationalMemory, acoustic codes
+behind the semantic ones, a text head. With all switches off the model is csm-1b. Tensors in, tensors out; knows nothing
+of files of audio, tokenizers or training loops.
 
 Letters: B batch, T rows, K codebooks, A codes per codebook with the special ones, D backbone width, E depth width,
 N frames the depth decoder sees.
@@ -10,7 +12,6 @@ N frames the depth decoder sees.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,105 +23,72 @@ from torch import Tensor, nn
 
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from frames import IGNORE, FrameLayout
-from transformer import KVCache, Transformer, TransformerConfig, rope_frequencies
+from conversational_memory import ConversationalMemory, MemoryCache, find_turns, prosody_loss, prosody_targets
+from cross_attention import (
+    CrossCache,
+    Streams,
+    StreamState,
+    VoiceTextCrossAttention,
+    find_streams,
+    guidance_loss,
+    guided_rows,
+)
+from frames import IGNORE, Rows
+from model_sizes import PRESETS, CSMConfig, Memory, frame_cost, inference_memory, preset, training_memory
+from transformer import KVCache, Transformer, rope_frequencies
 
 WEIGHTS_KIND = "csm"
+ADDED = ("cross_attention.", "memory.")  # parameters that the published model does not have
 
 
-@dataclass(frozen=True, kw_only=True)
-class CSMConfig:
-    """Everything that fixes the shapes of a model. ValueError names field and value of what cannot work."""
+class Terms(NamedTuple):
+    """One value per term of the loss: sums over the targets, or the numbers of targets they are sums over.
 
-    backbone: TransformerConfig
-    depth: TransformerConfig
-    text_tokenizer: str = "bytes"
-    text_vocab_size: int = 258
-    n_codebooks: int = 32
-    codebook_size: int = 512  # of the tokenizer; special codes come after it
-    n_special_codes: int = 1  # ours: end of turn; csm-1b: 3, unused
-    zero_end_of_turn: bool = False  # csm-1b ends a turn with an all-zero frame
-    max_positions: int = 2048  # longest sequence, about two minutes
-    audio_tokenizer: str = ""  # fingerprint of the tokenizer whose codes the weights know; empty = any that fits
-    layout: FrameLayout = field(init=False, repr=False, compare=False)
+    Sums and counts, so that accumulation and packing weigh every target the same.
+    """
 
-    def __post_init__(self) -> None:
-        for name, least in (("n_codebooks", 2), ("codebook_size", 2), ("text_vocab_size", 2), ("max_positions", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not self.zero_end_of_turn and self.n_special_codes < 1:
-            raise ValueError(f"n_special_codes={self.n_special_codes} must be at least 1 to hold the end of turn")
-        layout = FrameLayout(
-            n_codebooks=self.n_codebooks, codebook_size=self.codebook_size, zero_end_of_turn=self.zero_end_of_turn
-        )
-        object.__setattr__(self, "layout", layout)
-
-    @property
-    def audio_vocab_size(self) -> int:
-        return self.codebook_size + self.n_special_codes
-
-    def to_dict(self) -> dict:
-        """Plain values that `from_dict` takes back."""
-        values = dataclasses.asdict(self)
-        del values["layout"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict) -> CSMConfig:
-        """Inverse of `to_dict`; ValueError for unknown or missing fields."""
-        try:
-            stacks = {name: TransformerConfig(**values[name]) for name in ("backbone", "depth")}
-            return cls(**{**values, **stacks})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"model config does not fit this version: {error}") from error
+    codebook0: Tensor  # () nats, over all frames and end-of-turn frames
+    depth: Tensor  # (K - 1,) nats, codebooks 1..K-1 over the amortized share of the frames
+    text: Tensor  # () nats, over text ids that are not given; 0 without a text head
+    guidance: Tensor  # () attention off the diagonal, mean of the cross-attention layers; 0 unless asked for
+    memory: Tensor  # () squared error of the prosody that the memory expects of a turn; 0 without a prosodic store
 
 
-PRESETS: dict[str, CSMConfig] = {
-    "nano": CSMConfig(
-        backbone=TransformerConfig(n_layers=8, d_model=256, n_heads=4, n_kv_heads=2, d_ff=1024),
-        depth=TransformerConfig(n_layers=4, d_model=256, n_heads=4, n_kv_heads=2, d_ff=512),
-    ),
-    "csm-1b": CSMConfig(
-        backbone=TransformerConfig(n_layers=16, d_model=2048, n_heads=32, n_kv_heads=8, d_ff=8192, rope_scale=32),
-        depth=TransformerConfig(n_layers=4, d_model=1024, n_heads=8, n_kv_heads=2, d_ff=8192, rope_scale=32),
-        text_tokenizer="sesame/csm-1b",
-        text_vocab_size=128_256,
-        codebook_size=2048,
-        n_special_codes=3,
-        zero_end_of_turn=True,
-    ),
-}
+@dataclass
+class Traces:
+    """What a forward pass leaves beside its states, for losses and pictures."""
+
+    streams: Streams | None = None
+    maps: list[Tensor] = field(default_factory=list)  # (B, H, audio rows, text rows) of each cross-attention layer
+    expected_prosody: Tensor | None = None  # (B, T, F)
 
 
-def preset(name: str, **changes: object) -> CSMConfig:
-    """A preset with some fields changed. ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown model size {name!r}; choose one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[name], **changes)
+class CSMCache:
+    """What a conversation under way keeps: keys and values, cross-attention's streams, the memory."""
 
+    def __init__(self, model: CSM, batch_size: int = 1):
+        c, like = model.config, model.text_embedding.weight
+        self.keys = KVCache(c.backbone, batch_size, c.max_positions, like)
+        self.memory = MemoryCache(model.memory.empty(batch_size, like.device)) if c.has_memory else None
+        self.n_cross = len(c.cross_layers)
+        self.forget_context()
 
-class Losses(NamedTuple):
-    """Sums of nats and counts of targets, so that accumulation and packing weigh every target the same."""
-
-    c0_sum: Tensor  # () over all frames and end-of-turn frames
-    c0_count: Tensor  # ()
-    depth_sum: Tensor  # (K - 1,) codebooks 1..K-1 over the amortized share of the frames
-    depth_count: Tensor  # (K - 1,)
-
-    def total(self) -> Tensor:
-        """mean(c0) + mean over codebooks of the depth means; equal weight as in the public trainers of csm-1b."""
-        return self.c0_sum / self.c0_count.clamp(min=1) + (self.depth_sum / self.depth_count.clamp(min=1)).mean()
+    def forget_context(self) -> None:
+        """Start the window anew; the memory stays."""
+        self.keys.length = 0
+        self.streams = StreamState()
+        self.cross = [CrossCache() for _ in range(self.n_cross)]
 
 
 class CSM(nn.Module):
     """Backbone and depth decoder, split at the zeroth codebook.
 
-    The backbone reads the masked sum of a row's K code embeddings and its text embedding and predicts codebook 0 of the
-    next frame. The depth decoder reads [projected hidden state, codes 0..K-2 of that frame] and predicts codes 1..K-1,
-    each with its own head. One embedding table of K * A rows serves both.
+    The backbone reads the masked sum of a row's K code embeddings and its text embedding and predicts what follows:
+    codebook 0 of the next frame, or the next text id. The depth decoder reads [projected hidden state, codes 0..K-2 of
+    that frame] and predicts codes 1..K-1, each with its own head. One embedding table of K * A rows serves both.
 
     Initialisation: embeddings and heads normal with std 0.02 (tables of a row sum 1 / sqrt(K + 1) of that), the rest as
-    in `Transformer`.
+    in `Transformer`; additions are exact no-ops until their gates open.
     """
 
     def __init__(self, config: CSMConfig):
@@ -138,13 +106,22 @@ class CSM(nn.Module):
         nn.init.normal_(self.audio_embedding.weight, std=0.02 / math.sqrt(K + 1))
         for matrix in (self.projection.weight, self.codebook0_head.weight, self.depth_heads):
             nn.init.normal_(matrix, std=0.02)
+        self.make_additions()
         self.register_buffer("code_offsets", A * torch.arange(K), persistent=False)  # (K,)
+
+    def make_additions(self) -> None:
+        """New modules for what the config adds to the published model."""
+        c, D = self.config, self.config.backbone.d_model
+        self.cross_attention = nn.ModuleList(VoiceTextCrossAttention(c.backbone, D) for _ in c.cross_layers)
+        self.memory = None
+        if c.has_memory:
+            self.memory = ConversationalMemory(D, c.semantic_heads, c.prosodic_heads, c.memory_key, c.memory_value)
 
     def reset_buffers(self) -> None:
         """Compute the fixed tables anew, after `to_empty` on a model built on the meta device."""
         K, A = self.config.n_codebooks, self.config.audio_vocab_size
         self.code_offsets.copy_(A * torch.arange(K))
-        for stack in (self.backbone, self.depth):
+        for stack in (self.backbone, self.depth, *self.cross_attention):
             stack.frequencies.copy_(rope_frequencies(stack.config))
 
     def embed(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -159,66 +136,113 @@ class CSM(nn.Module):
 
     def hidden(
         self,
-        tokens: Tensor,
-        mask: Tensor,
-        positions: Tensor | None = None,
+        rows: Rows,
         allowed: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CSMCache | None = None,
+        traces: Traces | None = None,
+        maps: bool = False,
     ) -> Tensor:
-        """(B, T, K + 1) -> (B, T, D) backbone states. Positions default to where the cache ends, else 0..T-1."""
-        if positions is None:
-            start = cache.length if cache is not None else 0
-            positions = torch.arange(start, start + tokens.size(1), device=tokens.device)[None]
-        return self.backbone(self.embed(tokens, mask), positions, allowed, cache)
+        """(B, T) rows -> (B, T, D) backbone states.
+
+        Without `allowed` attention is causal over all rows. With a cache the rows continue what it holds; a model with
+        a memory then reads one turn, or a part of it, at a time. `maps` asks `traces` for attention maps. ValueError
+        for more rows than `max_positions`.
+        """
+        c = self.config
+        if rows.tokens.size(1) > c.max_positions:
+            raise ValueError(f"{rows.tokens.size(1)} rows are more than the model's max_positions={c.max_positions}")
+        traces = Traces() if traces is None else traces
+        turns = find_turns(rows) if self.memory is not None and cache is None else None
+        if c.cross_layers:
+            traces.streams = find_streams(rows, cache and cache.streams)
+
+        def between(layer: int, x: Tensor) -> Tensor:
+            if layer in c.cross_layers:
+                index = c.cross_layers.index(layer)
+                own = (cache.streams, cache.cross[index]) if cache else (None, None)
+                x = self.cross_attention[index](x, traces.streams, *own, traces.maps if maps else None)
+            if layer == c.memory_layer and self.memory is not None:
+                if cache is not None:
+                    x = self.memory.read(x, rows, cache.memory)
+                else:
+                    x, traces.expected_prosody = self.memory(x, rows, turns)
+            return x
+
+        keys = cache and cache.keys
+        return self.backbone(self.embed(rows.tokens, rows.mask), rows.positions, allowed, keys, between)
+
+    def end_turn(self, cache: CSMCache, prosody: Tensor) -> None:
+        """Write the turn just read, whose sound is (B, F), to the memory if there is one."""
+        if self.memory is not None:
+            self.memory.end_turn(cache.memory, prosody)
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """(..., D) backbone states -> (..., text vocabulary). The head is the table of the text embedding."""
+        return F.linear(states, self.text_embedding.weight.to(states.dtype))
 
     def embed_code(self, codebook: int, codes: Tensor) -> Tensor:
         """(N,) codes of one codebook -> (N, E) depth decoder inputs."""
         return self.projection(self.audio_embedding(codes + codebook * self.config.audio_vocab_size))
 
+    def depth_inputs(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """(N, D) backbone states, (N, k) codes 0..k-1 -> (N, k + 1, E)."""
+        inputs = self.audio_embedding(codes + self.code_offsets[: codes.size(1)])  # (N, k, D)
+        return self.projection(torch.cat((hidden[:, None], inputs), dim=1))
+
     def depth_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """(N, D) backbone states, (N, K) true codes -> (N, K - 1, A) logits of codes 1..K-1, teacher-forced."""
-        K = self.config.n_codebooks
-        inputs = self.audio_embedding(codes[:, :-1] + self.code_offsets[:-1])  # (N, K - 1, D)
-        inputs = self.projection(torch.cat((hidden[:, None], inputs), dim=1))  # (N, K, E)
-        positions = torch.arange(K, device=codes.device)[None]
+        positions = torch.arange(self.config.n_codebooks, device=codes.device)[None]
+        inputs = self.depth_inputs(hidden, codes[:, :-1])
         states = self.depth(inputs, positions)[:, 1:]  # (N, K - 1, E); position k predicts codebook k
         return torch.einsum("nke,kea->nka", states, self.depth_heads.to(states.dtype))
 
-    def loss(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        targets: Tensor,
-        positions: Tensor,
-        allowed: Tensor | None,
-        depth_rows: Tensor,
-    ) -> Losses:
-        """Losses of a batch; `depth_rows` (N,) indexes the B * T rows whose next frame the depth decoder learns.
+    def loss(self, rows: Rows, depth_rows: Tensor, guidance: bool = False) -> Terms:
+        """Sums of the terms of a batch; `depth_rows` (N,) indexes the B * T rows whose frame the depth decoder learns.
 
         Compute amortization (Sesame, section "Compute amortization"): codebook 0 on every frame, the depth decoder on
-        a random share of them.
+        a random share of them. `count_targets` has the counts.
         """
-        states = self.hidden(tokens, mask, positions, allowed)  # (B, T, D)
-        c0_targets = targets[..., 0].flatten()
-        live = (c0_targets != IGNORE).nonzero().squeeze(1)  # text rows cost no head
-        c0_logits = self.codebook0_head(states.flatten(0, 1)[live])
-        c0_sum = F.cross_entropy(c0_logits.float(), c0_targets[live], reduction="sum")
+        traces = Traces()
+        states = self.hidden(rows, rows.allowed(), traces=traces, maps=guidance).flatten(0, 1)  # (B T, D)
+        targets = rows.targets.flatten(0, 1)  # (B T, K + 1)
+        codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0])
+        text = _summed_nats(self.text_logits, states, targets[:, -1]) if self.config.text_head else states.new_zeros(())
 
-        depth_targets = targets.flatten(0, 1)[depth_rows]  # (N, K)
-        logits = self.depth_logits(states.flatten(0, 1)[depth_rows], depth_targets.clamp(min=0))
+        depth_targets = targets[depth_rows, :-1]  # (N, K)
+        logits = self.depth_logits(states[depth_rows], depth_targets.clamp(min=0))
         nats = F.cross_entropy(
             logits.float().transpose(1, 2), depth_targets[:, 1:], ignore_index=IGNORE, reduction="none"
         )  # (N, K - 1)
-        counts = (depth_targets[:, 1:] != IGNORE).sum(dim=0)
-        return Losses(c0_sum, torch.tensor(live.numel(), device=c0_sum.device), nats.sum(dim=0), counts)
+        off_diagonal, error = codebook0.new_zeros(()), codebook0.new_zeros(())
+        if guidance and traces.maps:
+            parts = [guidance_loss(weights, traces.streams, rows) for weights in traces.maps]
+            off_diagonal = torch.stack(parts).mean()
+        if traces.expected_prosody is not None:
+            error = prosody_loss(traces.expected_prosody, rows, find_turns(rows))
+        return Terms(codebook0, nats.sum(dim=0), text, off_diagonal, error)
+
+
+def _summed_nats(head, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy summed over the rows that have a target; the others cost no head."""
+    live = (targets != IGNORE).nonzero().squeeze(1)
+    return F.cross_entropy(head(states[live]).float(), targets[live], reduction="sum")
+
+
+def count_targets(rows: Rows, depth_rows: Tensor, guidance: bool = False) -> Terms:
+    """How many targets each term of `CSM.loss` sums over; known before the model runs."""
+    live = rows.targets != IGNORE
+    depth = live.flatten(0, 1)[depth_rows, 1:-1].sum(dim=0)
+    guided = guided_rows(find_streams(rows), rows).sum() if guidance else torch.tensor(0)
+    features = (~prosody_targets(rows, find_turns(rows)).isnan()).sum()
+    return Terms(live[..., 0].sum(), depth, live[..., -1].sum(), guided, features)
 
 
 def pick_depth_rows(targets: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """(B, T, K) targets -> (N,) indices into B * T: a random `share` of the rows whose next frame is whole.
+    """(B, T, K + 1) targets -> (N,) indices into B * T: a random `share` of the rows whose next frame is whole.
 
     At least one is picked when there is any, so that small batches train the depth decoder too.
     """
-    rows = (targets[..., -1] != IGNORE).flatten().nonzero().squeeze(1)
+    rows = (targets[..., -2] != IGNORE).flatten().nonzero().squeeze(1)
     n = min(len(rows), max(1, round(share * len(rows))))
     picked = torch.randperm(len(rows), generator=generator)[:n].sort().values
     return rows[picked.to(rows.device)]
@@ -242,15 +266,52 @@ def parameter_table(config: CSMConfig) -> dict[str, int]:
     with torch.device("meta"):
         model = CSM(config)
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
-    return {**parts, "depth_heads": model.depth_heads.numel(), "total": sum(p.numel() for p in model.parameters())}
+    total = sum(p.numel() for p in model.parameters())
+    return {name: n for name, n in parts.items() if n} | {"depth_heads": model.depth_heads.numel(), "total": total}
+
+
+def print_costs(config: CSMConfig, n_parameters: int, args: argparse.Namespace) -> None:
+    """Memory for inference and training, arithmetic and traffic of a frame."""
+    batch = (args.batch_rows, args.row_positions, args.depth_share)
+    memories: dict[str, Memory] = {
+        "inference, fp32": inference_memory(config, n_parameters),
+        "inference, bf16": inference_memory(config, n_parameters, bytes_per_weight=2),
+        "training, fp32": training_memory(config, n_parameters, *batch),
+        "training, bf16": training_memory(config, n_parameters, *batch, bf16=True),
+    }
+    print(f"\n{'GiB':20}{''.join(f'{name:>13}' for name in (*Memory._fields, 'total'))}")
+    for name, memory in memories.items():
+        print(f"{name:20}{''.join(f'{part / 2**30:13.2f}' for part in (*memory, memory.total))}")
+    print(f"training: {batch[0]} rows of {batch[1]} positions, depth decoder on {batch[2]:.4g} of the frames, AdamW")
+    cost = frame_cost(config)
+    print(f"\none frame (80 ms) with a context of {config.max_positions} positions: {cost.flops / 1e9:.3g} GFLOP,")
+    print(f"{cost.bytes_moved / 1e9:.3g} GB read in fp32, {cost.depth_passes:.4g} passes of the depth decoder")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Print the parameters of a model size.", epilog=EXIT_CODES_HELP)
-    parser.add_argument("--model_size", default="nano", help=f"one of {', '.join(PRESETS)} (default: nano)")
+    parser = argparse.ArgumentParser(
+        description="Print the parameters of a model size by part, its memory and its cost per frame.",
+        epilog=EXIT_CODES_HELP,
+    )
+    defaults = " (default: %(default)s)"
+    parser.add_argument("--model_size", default="nano", help=f"one of {', '.join(PRESETS)}" + defaults)
+    parser.add_argument("--batch_rows", type=int, default=1, help="packed rows of a training micro-batch" + defaults)
+    parser.add_argument("--row_positions", type=int, default=2048, help="positions of a packed row" + defaults)
+    parser.add_argument("--depth_share", type=float, default=1 / 16, help="of the frames, depth decoder" + defaults)
     args = parser.parse_args(argv)
-    for name, count in parameter_table(preset(args.model_size)).items():
-        print(f"{name:20} {count:>15,}")
+    for name, least in (("batch_rows", 1), ("row_positions", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}={getattr(args, name)} must be at least {least}")
+    if not 0 < args.depth_share <= 1:
+        raise ValueError(f"depth_share={args.depth_share} must be above 0 and at most 1")
+    config = preset(args.model_size)
+    if args.row_positions > config.max_positions:
+        raise ValueError(f"row_positions={args.row_positions} must be at most max_positions={config.max_positions}")
+    table = parameter_table(config)
+    print(f"{'parameters':20}")
+    for name, count in table.items():
+        print(f"{name:20}{count:>15,}")
+    print_costs(config, table["total"], args)
     return EXIT_DONE
 
 

@@ -26,18 +26,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, read_audio
+from audio import FRAME_RATE, SAMPLE_RATE, read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from frames import IGNORE, FrameLayout, Turn, concatenate, next_frame_targets, turn_length
+from frames import IGNORE, Clock, FrameLayout, Rows, Turn, concatenate
+from prosody import prosody_features
 from rvq_tokenizer import RVQTokenizer
-from text_tokenizer import TextTokenizer, encode_turn
+from text_tokenizer import TextTokenizer, encode_turn, shared_prefix, turn_prompt
 from turn_shards import LedgerEntry, TurnRecord, read_ledger, read_turns
 
 SPLITS = ("train", "val", "test")
 TARGET_LUFS = -23.0  # EBU R 128
 PEAK_DBFS = -1.0
-TOKEN_SCHEMA = 1
+TOKEN_SCHEMA = 2
 
 
 def split_of(split_group: str, seed: int = 0) -> str:
@@ -87,7 +88,7 @@ def load_clips(
 
 
 class TokenCache:
-    """Codes of every collected turn, made once per tokenizer: one `.npz` per shard under `data/tokens/<fingerprint>/`.
+    """Codes and prosody of every turn, made once per tokenizer: one `.npz` per shard in `data/tokens/<fingerprint>/`.
 
     A kill loses at most the shard under way. Codes are 16-bit: 100 hours at 32 codebooks take 288 MB.
     """
@@ -97,6 +98,7 @@ class TokenCache:
         self.folder = data_dir / "tokens" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.codes: dict[str, np.ndarray] = {}  # utt_id -> (T, K) uint16
+        self.prosody: dict[str, np.ndarray] = {}  # utt_id -> (F,) float32, see `prosody_features`
         entries = [entry for entry in read_ledger(data_dir) if entry.path is not None]
         content = " ".join([recipe, *(entry.sha256 for entry in entries)])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]  # of recipe and data
@@ -114,15 +116,17 @@ class TokenCache:
     def _make(
         self, data_dir: Path, entry: LedgerEntry, tokenizer: RVQTokenizer, gains: dict[str, float], device: object
     ) -> None:
-        ids, codes = [], []
+        ids, codes, prosody = [], [], []
         for turn in read_turns(data_dir, True, [entry]):
             samples = read_audio(turn.audio)[0] * np.float32(gains[turn.utt_id])
             with torch.inference_mode():
                 coded = tokenizer.encode(torch.from_numpy(samples)[None].to(device))[0]  # (T, K)
             ids.append(turn.utt_id)
             codes.append(coded.cpu().numpy().astype(np.uint16))
+            prosody.append(prosody_features(samples, len(turn.text)).numpy())
         content = io.BytesIO()
-        np.savez(content, ids=np.array(ids), lengths=[len(c) for c in codes], codes=np.concatenate(codes))
+        lengths = [len(c) for c in codes]
+        np.savez(content, ids=np.array(ids), lengths=lengths, codes=np.concatenate(codes), prosody=np.stack(prosody))
         write_atomically(self._file(entry), content.getvalue())
 
     def _load(self, entry: LedgerEntry) -> None:
@@ -130,6 +134,7 @@ class TokenCache:
             with np.load(self._file(entry), allow_pickle=False) as content:
                 parts = np.split(content["codes"], np.cumsum(content["lengths"])[:-1])
                 self.codes.update(zip(content["ids"].tolist(), parts, strict=True))
+                self.prosody.update(zip(content["ids"].tolist(), content["prosody"], strict=True))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             path = self._file(entry)
             raise ValueError(f"token file {path} is damaged ({error}); delete it, it will be made again") from error
@@ -206,30 +211,33 @@ class Sample(NamedTuple):
     rows: int
 
 
-class Batch(NamedTuple):
-    """Packed rows; documents of one row do not see each other."""
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How turns and conversations are shown in training; shares of them. ValueError for those that cannot work."""
 
-    tokens: Tensor  # (B, L, K + 1) int64
-    mask: Tensor  # (B, L, K + 1) bool
-    targets: Tensor  # (B, L, K) int64, IGNORE where nothing is to be predicted
-    positions: Tensor  # (B, L) int64, from 0 in every document
-    documents: Tensor  # (B, L) int64, -1 on padding
+    no_context: float = 0.0  # conversations learnt as single turns
+    joint: float = 0.0  # turns with text and audio in chunks
+    listen: float = 0.0  # turns with audio, then text
+    text_only: float = 0.0  # turns without their audio
+    evict: float = 0.0  # documents whose first turns leave the context at a random turn, for the memory
+    one_speaker: float = 0.0  # documents with targets in one speaker's turns only
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-    def allowed(self) -> Tensor:
-        """(B, 1, L, L) bool: which position may attend which, causal and within its document."""
-        L = self.documents.size(1)
-        same = self.documents[:, :, None] == self.documents[:, None, :]
-        return (same & torch.ones(L, L, dtype=torch.bool, device=same.device).tril())[:, None]
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if not 0 <= getattr(self, f.name) <= 1:
+                raise ValueError(f"{f.name}={getattr(self, f.name)} must be between 0 and 1")
+        if self.joint + self.listen + self.text_only > 1:
+            raise ValueError(
+                f"joint={self.joint}, listen={self.listen}, text_only={self.text_only}: more than 1 in all"
+            )
 
 
 class ConversationDataset:
     """Conversations of one split as ids, cut into samples and packed into rows of `row_positions`.
 
-    Every turn is heard once per epoch. A share `no_context` of the conversations is cut into single turns, so that the
-    model also learns to start without context; the others are cut only where they outgrow a row, never inside a turn.
+    Every turn is heard once per epoch. A share of the conversations is cut into single turns, so that the model also
+    learns to start without context; the others are cut only where they outgrow a row, never inside a turn. What the
+    `mixture` draws is drawn anew for every batch.
     """
 
     def __init__(
@@ -240,9 +248,9 @@ class ConversationDataset:
         text_tokenizer: TextTokenizer,
         layout: FrameLayout,
         row_positions: int,
-        no_context: float = 0.15,
+        mixture: Mixture | None = None,
     ):
-        self.layout, self.row_positions, self.no_context = layout, row_positions, no_context
+        self.layout, self.row_positions, self.mixture = layout, row_positions, mixture or Mixture()
         self.text_tokenizer, self.cache = text_tokenizer, cache
         turns = read_turns(data_dir, with_audio=False)
         self.conversations = [c for c in build_conversations(turns) if c.split == split]
@@ -261,9 +269,9 @@ class ConversationDataset:
         return len(self.conversations)
 
     def _length(self, conversation: Conversation, index: int) -> int:
-        turn = conversation.turns[index]
-        n_text = len(encode_turn(self.text_tokenizer, conversation.speakers[index], turn.text))
-        return turn_length(n_text, len(self.cache.codes[turn.utt_id]))
+        turn, longest_tag = conversation.turns[index], max(conversation.speakers)  # numbers are exchanged in training
+        n_text = len(encode_turn(self.text_tokenizer, longest_tag, turn.text))
+        return self.layout.turn_length(n_text, len(self.cache.codes[turn.utt_id]))
 
     def plan(self, seed: int, epoch: int) -> list[list[Sample]]:
         """The packed rows of an epoch, in the order they are learnt; the same for the same arguments."""
@@ -281,7 +289,7 @@ class ConversationDataset:
 
     def _cut(self, index: int, order: random.Random) -> list[Sample]:
         lengths = self.lengths[index]
-        if order.random() < self.no_context:
+        if order.random() < self.mixture.no_context:
             return [Sample(index, i, i + 1, rows) for i, rows in enumerate(lengths)]
         samples, start = [], 0
         for stop in range(1, len(lengths) + 1):
@@ -290,7 +298,7 @@ class ConversationDataset:
                 start = stop
         return samples
 
-    def batch(self, step: int, rows_per_batch: int, seed: int) -> Batch:
+    def batch(self, step: int, rows_per_batch: int, seed: int) -> Rows:
         """The batch of a step (from 0): the next `rows_per_batch` packed rows, over epoch after epoch."""
         epoch, index, rows = 0, step * rows_per_batch, []
         while len(rows) < rows_per_batch:
@@ -303,43 +311,78 @@ class ConversationDataset:
                 epoch += 1
         return self.collate(rows, seed=f"{seed}-{step}")
 
-    def collate(self, rows: list[list[Sample]], seed: str | None) -> Batch:
-        """Rows of samples -> padded tensors. With a seed, local speaker numbers are permuted in every sample."""
-        order = random.Random(seed) if seed is not None else None
-        packed = [[self._document(sample, order) for sample in row] for row in rows]
-        L = max(sum(len(tokens) for tokens, _, _ in row) for row in packed)
-        K, B = self.layout.n_codebooks, len(rows)
-        batch = Batch(
-            torch.zeros(B, L, K + 1, dtype=torch.int64),
-            torch.zeros(B, L, K + 1, dtype=torch.bool),
-            torch.full((B, L, K), IGNORE, dtype=torch.int64),
-            torch.zeros(B, L, dtype=torch.int64),
-            torch.full((B, L), -1, dtype=torch.int64),
-        )
-        for b, row in enumerate(packed):
-            start = 0
-            for document, (tokens, mask, targets) in enumerate(row):
-                end = start + len(tokens)
-                batch.tokens[b, start:end], batch.mask[b, start:end] = tokens, mask
-                batch.targets[b, start:end] = targets
-                batch.positions[b, start:end] = torch.arange(len(tokens))
-                batch.documents[b, start:end] = document
-                start = end
-        return batch
+    def collate(self, rows: list[list[Sample]], seed: str | None) -> Rows:
+        """Rows of samples -> padded tensors (B, L, ...).
 
-    def _document(self, sample: Sample, order: random.Random | None) -> tuple[Tensor, Tensor, Tensor]:
+        With a seed, local speaker numbers are permuted in every sample and the mixture is drawn; else every turn is in
+        speak order, with all of its context.
+        """
+        order = random.Random(seed) if seed is not None else None
+        packed = [_in_one_row([self._document(sample, order) for sample in row]) for row in rows]
+        L = max(len(row.tokens) for row in packed)
+        fill = Rows(0, False, IGNORE, 0, -1, -1, -1, 0.0, math.nan)  # of padding
+        columns = zip(*packed, strict=True)
+        return Rows(*(torch.stack([_padded(x, L, f) for x in column]) for column, f in zip(columns, fill, strict=True)))
+
+    def _document(self, sample: Sample, order: random.Random | None) -> Rows:
         conversation = self.conversations[sample.conversation]
         numbers = list(range(max(conversation.speakers) + 1))
+        cut, only = None, None
         if order is not None:
             order.shuffle(numbers)
-        parts = []
+            if order.random() < self.mixture.evict and sample.stop - sample.start > 1:
+                cut = order.randrange(sample.start + 1, sample.stop)
+            if order.random() < self.mixture.one_speaker:
+                only = order.choice(conversation.speakers[sample.start : sample.stop])
+        parts, clock = [], Clock()
         for index in range(sample.start, sample.stop):
-            turn = conversation.turns[index]
-            text_ids = encode_turn(self.text_tokenizer, numbers[conversation.speakers[index]], turn.text)
-            codes = torch.from_numpy(self.cache.codes[turn.utt_id].astype(np.int64))
-            parts.append(self.layout.turn_rows(Turn(text_ids, codes)))
-        rows = concatenate(parts)
-        return rows.tokens, rows.mask, next_frame_targets(rows)
+            clock.position = 0 if index == cut else clock.position
+            turn = self._turn(conversation, index, numbers[conversation.speakers[index]], order)
+            turn = turn._replace(learn=only in (None, conversation.speakers[index]))
+            rows = self.layout.turn_rows(turn, clock)
+            parts.append(
+                rows._replace(documents=torch.full_like(rows.documents, int(cut is not None and index >= cut)))
+            )
+        return concatenate(parts)
+
+    def _turn(self, conversation: Conversation, index: int, speaker: int, order: random.Random | None) -> Turn:
+        record = conversation.turns[index]
+        text_ids = encode_turn(self.text_tokenizer, speaker, record.text)
+        codes = torch.from_numpy(self.cache.codes[record.utt_id].astype(np.int64))
+        n_prompt = len(shared_prefix(turn_prompt(self.text_tokenizer, speaker), text_ids))
+        gap = 0.0
+        if index and record.start_s is not None and conversation.turns[index - 1].end_s is not None:
+            gap = (record.start_s - conversation.turns[index - 1].end_s) * FRAME_RATE
+        prosody = torch.from_numpy(self.cache.prosody[record.utt_id])
+        turn = Turn(text_ids, codes, n_prompt, "speak", gap, prosody)
+        if order is None:
+            return turn
+        draw, m = order.random(), self.mixture
+        if draw < m.text_only:
+            return turn._replace(codes=None, prosody=None)
+        if draw < m.text_only + m.listen:
+            return turn._replace(order="listen")
+        return turn._replace(order="joint" if draw < m.text_only + m.listen + m.joint else "speak")
+
+
+def _in_one_row(documents: list[Rows]) -> Rows:
+    """Sequences one after the other, their documents, conversations and turns numbered through."""
+    parts, n_documents, n_turns = [], 0, 0
+    for conversation, rows in enumerate(documents):
+        parts.append(
+            rows._replace(
+                documents=rows.documents + n_documents,
+                conversations=rows.conversations + conversation,
+                turns=rows.turns + n_turns,
+            )
+        )
+        n_documents, n_turns = int(parts[-1].documents.max()) + 1, int(parts[-1].turns.max()) + 1
+    return concatenate(parts)
+
+
+def _padded(x: Tensor, length: int, value: float) -> Tensor:
+    """(T, ...) -> (length, ...)."""
+    return torch.cat((x, x.new_full((length - len(x), *x.shape[1:]), value)))
 
 
 def pack(samples: list[Sample], row_positions: int, open_rows: int = 64) -> list[list[Sample]]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from architecture import CSM, load_model, pick_depth_rows
+from architecture import CSM, count_targets, load_model, pick_depth_rows
 from audio import SAMPLE_RATE
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
 from dataset_pipeline import Conversation, ConversationDataset, TokenCache, load_clips
@@ -284,9 +284,9 @@ def held_out_losses(
         batch = dataset.collate([[sample]], seed=None)
         depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
         with torch.inference_mode():
-            losses = batch_losses(model, batch, depth_rows, device)
-        sums = [float(losses.c0_sum), *losses.depth_sum.tolist()]
-        counts = [int(losses.c0_count), *losses.depth_count.tolist()]
+            found = batch_losses(model, batch, depth_rows, device)
+        targets = count_targets(batch, depth_rows)
+        sums, counts = ([float(terms.codebook0), *terms.depth.tolist()] for terms in (found, targets))
         if not np.isfinite(sums).all():
             raise ValueError(f"the model's loss is not finite ({sums[0]} for codebook 0); its weights are broken")
         name = conversation_of(dataset.conversations[sample.conversation].turns[0])
@@ -482,7 +482,7 @@ def held_out(data: Path, model: CSM, tokenizer: RVQTokenizer) -> ConversationDat
     """The held-out conversations as the model reads them."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
     cache, c = TokenCache(data, tokenizer), model.config
-    return ConversationDataset(data, "test", cache, text_tokenizer, c.layout, c.max_positions, no_context=0)
+    return ConversationDataset(data, "test", cache, text_tokenizer, c.layout, c.max_positions)
 
 
 def steps_of(checkpoint: Path) -> int | None:

@@ -1,7 +1,7 @@
-"""Speaking a turn: prompt, sampling, the KV-cached frame loop and the state of a conversation.
+"""Speaking, replying and listening: prompt, sampling, the KV-cached loops of both stages, the state of a conversation.
 
-The codec is passed in; nothing here reads or writes files. Letters: B batch, K codebooks, A codes with special ones,
-D backbone width.
+The codec is passed in; nothing here reads or writes files. Letters: N frames, K codebooks, S semantic ones, A codes
+with special ones, C acoustic delay, D backbone width.
 """
 
 from __future__ import annotations
@@ -17,28 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from architecture import CSM, CSMConfig
+from architecture import CSM, CSMCache
 from audio import FRAME_RATE, SAMPLE_RATE
-from frames import Rows, Turn, concatenate
+from conversational_memory import MemoryState
+from frames import N_PROSODY, Clock, Rows, Turn
+from model_sizes import CSMConfig
+from prosody import prosody_features
 from rvq_tokenizer import RVQTokenizer
-from text_tokenizer import TextTokenizer, clean_text, encode_turn
+from text_tokenizer import TextTokenizer, clean_text, encode_turn, shared_prefix, turn_prompt, turn_text
 from transformer import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How codes are drawn; the same for both stages, csm-1b's defaults. ValueError for values that cannot work."""
+    """How codes and text are drawn; csm-1b's defaults for codes. ValueError for values that cannot work."""
 
-    temperature: float = 0.9  # 0 = always the likeliest code
+    temperature: float = 0.9  # of codes in both stages; 0 = always the likeliest
     top_k: int = 50
+    text_temperature: float = 0.7
+    text_top_k: int = 50
     max_seconds: float = 10.0  # a turn that has not ended by then is cut
     min_seconds: float = 0.0  # no end of turn before; not for csm-1b, whose end is an ordinary frame
+    max_text_ids: int = 200  # a text that has not ended by then is cut
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        for name in ("temperature", "text_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name in ("top_k", "text_top_k", "max_text_ids"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_seconds < 1 / FRAME_RATE:
             raise ValueError(f"max_seconds={self.max_seconds} must be at least one frame, {1 / FRAME_RATE} s")
         if not 0 <= self.min_seconds <= self.max_seconds:
@@ -58,6 +66,7 @@ class Reply(NamedTuple):
 
     samples: np.ndarray  # (N,) float32 at 24 kHz
     codes: Tensor  # (T, K) int64
+    text: str  # what was to be said, given or written by the model
     ended: bool  # False: cut at `max_seconds`
     seconds_to_first_audio: float  # wall time from the request to the first decoded frame; nan when there is none
     seconds: float  # wall time for the whole turn
@@ -73,43 +82,61 @@ class Reply(NamedTuple):
         return self.seconds / self.duration if len(self.samples) else float("nan")
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """(B, A) logits -> (B,) codes."""
-    if sampling.temperature == 0:
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """(N, A) logits -> (N,) codes."""
+    if temperature == 0:
         return logits.argmax(dim=-1)
-    values, index = logits.float().topk(min(sampling.top_k, logits.size(-1)), dim=-1)  # (B, k)
-    choice = torch.multinomial((values / sampling.temperature).softmax(dim=-1), 1, generator=generator)  # (B, 1)
+    values, index = logits.float().topk(min(top_k, logits.size(-1)), dim=-1)  # (N, k)
+    choice = torch.multinomial((values / temperature).softmax(dim=-1), 1, generator=generator)  # (N, 1)
     return index.gather(1, choice).squeeze(1)
 
 
-def generate_frame(
-    model: CSM,
-    hidden: Tensor,
-    depth_cache: KVCache,
-    sampling: Sampling,
-    generator: torch.Generator,
-    may_end: bool = True,
-) -> Tensor:
-    """(B, D) backbone states of the last row -> (B, K) codes of the next frame; end of turn is code V in codebook 0.
+class Speaker:
+    """Draws frames in the two stages of section "Conversational Speech Model" of Sesame's article.
 
-    Only codebook 0 may take a special code, and only that of the end of turn, if the turn `may_end`.
+    Stage 1: codebook 0 from the backbone, the semantic codebooks from the depth decoder, frame after frame. Stage 2:
+    the acoustic codebooks, from the same decoder, for up to C frames at once.
     """
-    c = model.config
-    allowed_first = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
-    code = draw(model.codebook0_head(hidden)[:, :allowed_first], sampling, generator)
-    codes = [code]
-    if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
-        return torch.cat((code[:, None], code.new_zeros(len(code), c.n_codebooks - 1)), dim=1)
-    depth_cache.length = 0  # the depth decoder forgets from frame to frame, the backbone does not
-    inputs = torch.stack((model.projection(hidden), model.embed_code(0, code)), dim=1)  # (B, 2, E)
-    for k in range(1, c.n_codebooks):
-        start = depth_cache.length
-        positions = torch.arange(start, start + inputs.size(1), device=hidden.device)[None]
-        state = model.depth(inputs, positions, cache=depth_cache)[:, -1]  # (B, E)
-        code = draw((state @ model.depth_heads[k - 1])[:, : c.codebook_size], sampling, generator)
-        codes.append(code)
-        inputs = model.embed_code(k, code)[:, None] if k < c.n_codebooks - 1 else inputs
-    return torch.stack(codes, dim=1)
+
+    def __init__(self, model: CSM, sampling: Sampling, generator: torch.Generator):
+        self.model, self.sampling, self.generator = model, sampling, generator
+        self._caches: dict[int, KVCache] = {}  # of the depth decoder, by number of frames
+
+    def first_codes(self, hidden: Tensor, may_end: bool = True) -> Tensor:
+        """(N, D) backbone states -> (N, k) first codes of the next frame: S of them, or all K without a delay.
+
+        Only codebook 0 may take a special code, and only that of the end of turn, if the turn `may_end`; the other
+        codes of such a frame are 0.
+        """
+        c = self.model.config
+        allowed = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
+        logits = self.model.codebook0_head(hidden)[:, :allowed]
+        code = draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)[:, None]
+        stop = c.n_semantic if c.acoustic_delay else c.n_codebooks
+        if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
+            return torch.cat((code, code.new_zeros(len(code), stop - 1)), dim=1)
+        return self.continue_frames(hidden, code, stop)
+
+    def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int) -> Tensor:
+        """(N, D) backbone states, (N, k) first codes -> (N, stop): codes k..stop-1 from the depth decoder."""
+        model, c = self.model, self.model.config
+        n, k = codes.shape
+        if n not in self._caches:
+            self._caches[n] = KVCache(c.depth, n, c.n_codebooks, model.text_embedding.weight)
+        cache = self._caches[n]
+        cache.length = 0  # the depth decoder forgets from frame to frame, the backbone does not
+        inputs = model.depth_inputs(hidden, codes)  # (N, k + 1, E)
+        drawn = [codes]
+        for codebook in range(k, stop):
+            start = cache.length
+            positions = torch.arange(start, start + inputs.size(1), device=hidden.device)[None]
+            state = model.depth(inputs, positions, cache=cache)[:, -1]  # (N, E)
+            logits = (state @ model.depth_heads[codebook - 1])[:, : c.codebook_size]
+            code = draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
+            drawn.append(code[:, None])
+            if codebook < stop - 1:
+                inputs = model.embed_code(codebook, code)[:, None]
+        return torch.cat(drawn, dim=1)
 
 
 def check_tokenizer(config: CSMConfig, tokenizer: RVQTokenizer) -> None:
@@ -124,10 +151,21 @@ def check_tokenizer(config: CSMConfig, tokenizer: RVQTokenizer) -> None:
         )
 
 
+class KeptTurn(NamedTuple):
+    """A turn in the window, and where the conversation stood before it."""
+
+    turn: Turn
+    speaker: int
+    clock: Clock
+    memory: MemoryState | None
+
+
 class Conversation:
     """A conversation that a model takes part in; the KV cache of earlier turns is kept from turn to turn.
 
-    When a new turn would not fit the model's positions, whole oldest turns leave the context, with a warning.
+    When a new turn would not fit the model's positions, whole oldest turns leave the context, with a warning; a model
+    with a memory keeps what it wrote down of them. `acoustic_batch` frames share a pass of the second stage: by default
+    as many as the model's acoustic delay allows, 1 for the earliest audio.
     """
 
     def __init__(
@@ -138,89 +176,188 @@ class Conversation:
         *,
         sampling: Sampling | None = None,
         seed: int = 0,
+        acoustic_batch: int | None = None,
     ):
         check_tokenizer(model.config, tokenizer)
+        most = max(1, model.config.acoustic_delay)
+        if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
+            raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")
         self.model, self.tokenizer, self.text_tokenizer = model, tokenizer, text_tokenizer
+        self.layout = model.config.layout
         self.sampling = sampling or Sampling()
+        self.acoustic_batch = acoustic_batch or most
         self.device = next(model.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.turns: list[Turn] = []
-        weight = model.text_embedding.weight
-        self.cache = KVCache(model.config.backbone, 1, model.config.max_positions, weight)
-        self.depth_cache = KVCache(model.config.depth, 1, model.config.n_codebooks, weight)
-
-    def add_turn(
-        self, speaker: int, text: str, *, samples: np.ndarray | None = None, codes: Tensor | None = None
-    ) -> None:
-        """Add what somebody said, as (N,) samples at 24 kHz or (T, K) codes. ValueError when it cannot fit at all."""
-        if (samples is None) == (codes is None):
-            raise ValueError("give a turn either samples or codes")
-        if codes is None:
-            wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
-            with torch.inference_mode():
-                codes = self.tokenizer.encode(wave.to(self.device))[0].cpu()
-        turn = Turn(encode_turn(self.text_tokenizer, speaker, clean_text(text)), codes)
-        self._make_room(len(turn.text_ids) + len(turn.codes) + 1)
-        self._read(self.model.config.layout.turn_rows(turn))
-        self.turns.append(turn)
-
-    def stream(self, speaker: int, text: str) -> Iterator[np.ndarray]:
-        """Say `text` as `speaker`: yields samples as soon as each 80 ms frame is decoded; together they are the turn.
-
-        The turn joins the conversation when it ends, when it is cut at `max_seconds`, or when the caller stops
-        reading; `turns[-1].codes` holds its frames and `ended` says whether the model ended it.
-        """
-        layout = self.model.config.layout
-        prompt = Turn(encode_turn(self.text_tokenizer, speaker, clean_text(text)), None)
-        self._make_room(len(prompt.text_ids) + self.sampling.max_frames + 1)
-        decoder = self.tokenizer.decoder_stream(1)
-        lead_in = decoder.delay_samples
-        spoken: list[Tensor] = []
-        unread: list[Rows] = []  # frames that the backbone has not read yet
-        self.ended = False
-        hidden = self._read(layout.turn_rows(prompt))
-        try:
-            while len(spoken) < self.sampling.max_frames:
-                may_end = len(spoken) >= self.sampling.min_frames
-                with torch.inference_mode():
-                    frame = generate_frame(self.model, hidden, self.depth_cache, self.sampling, self.generator, may_end)
-                self.ended = bool(layout.is_end_of_turn(frame[0]))
-                if self.ended:
-                    break
-                spoken.append(frame[0].cpu())
-                unread = [layout.audio_rows(frame.cpu())]
-                samples = decoder.push(frame[:, None])[0].cpu().numpy()  # (1920,)
-                yield samples[lead_in:]
-                lead_in = 0
-                hidden, unread = self._read(unread[0]), []
-            if spoken:
-                yield decoder.flush()[0].cpu().numpy()
-        finally:
-            self._read(concatenate([*unread, layout.end_rows()]))
-            codes = torch.stack(spoken) if spoken else torch.empty(0, layout.n_codebooks, dtype=torch.int64)
-            self.turns.append(Turn(prompt.text_ids, codes))
-
-    def speak(self, speaker: int, text: str) -> Reply:
-        """Say `text` as `speaker`; returns the whole turn. An immediate end gives empty audio and a warning."""
-        start = time.perf_counter()
-        first, chunks = float("nan"), []
-        for samples in self.stream(speaker, text):
-            first = time.perf_counter() - start if not chunks else first
-            chunks.append(samples)
-        if not chunks:
-            warnings.warn(f"the model ended the turn {text!r} at once, there is no audio", stacklevel=2)
-        samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
-        return Reply(samples, self.turns[-1].codes, self.ended, first, time.perf_counter() - start)
+        self.speaker = Speaker(model, self.sampling, torch.Generator(self.device).manual_seed(seed))
+        self.cache = CSMCache(model)
+        self.clock = Clock()
+        self.kept: list[KeptTurn] = []
 
     @property
-    def _context_rows(self) -> int:
-        return sum(len(turn.text_ids) + len(turn.codes) + 1 for turn in self.turns)
+    def turns(self) -> list[Turn]:
+        """The turns in the window, oldest first."""
+        return [kept.turn for kept in self.kept]
+
+    def add_turn(
+        self,
+        speaker: int,
+        text: str,
+        *,
+        samples: np.ndarray | None = None,
+        codes: Tensor | None = None,
+        gap_seconds: float = 0.0,
+    ) -> None:
+        """Add what somebody said, as (N,) samples at 24 kHz or (T, K) codes. ValueError when it cannot fit at all."""
+        codes, samples = self._heard(samples, codes)
+        text = clean_text(text)
+        ids = encode_turn(self.text_tokenizer, speaker, text)
+        prosody = self._prosody(samples, len(text))
+        turn = Turn(ids, codes, self._prompt_length(speaker, ids), "speak", gap_seconds * FRAME_RATE, prosody)
+        self._make_room(self.layout.turn_length(len(ids), len(codes)))
+        before = self._before()
+        self._read(self.layout.turn_rows(turn, self.clock))
+        self._keep(turn, speaker, before)
+
+    def listen(
+        self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
+    ) -> str:
+        """Hear a turn and write down what was said. ValueError for a model without a text head."""
+        self._need_text_head("listen")
+        codes, samples = self._heard(samples, codes)
+        prompt = turn_prompt(self.text_tokenizer, speaker)
+        self._make_room(self.layout.turn_length(len(prompt) + self.sampling.max_text_ids, len(codes)))
+        before = self._before()
+        turn = Turn(list(prompt), codes, len(prompt), "listen", gap_seconds * FRAME_RATE)
+        hidden = self._read(self.layout.turn_rows(turn, self.clock, ends=False))
+        while turn.text_ids[-1] != self.text_tokenizer.eos:
+            hidden = self._write_id(turn, hidden)
+        self.layout.end_turn(turn, self.clock)
+        text = turn_text(self.text_tokenizer, speaker, turn.text_ids)
+        self._keep(turn._replace(prosody=self._prosody(samples, len(text))), speaker, before)
+        return text
+
+    def stream(self, speaker: int, text: str | None, gap_seconds: float = 0.0) -> Iterator[np.ndarray]:
+        """Say `text` as `speaker`, or what the model writes itself if it is None: yields samples as they are decoded.
+
+        Text given, it is read whole, then spoken; else text and voice come in turns. The chunks together are the turn.
+        It joins the conversation when it ends, when it is cut at `max_seconds`, or when the caller stops reading;
+        `turns[-1]` holds it and `ended` says whether the model ended it.
+        """
+        if text is None:
+            self._need_text_head("reply")
+            ids = prompt = turn_prompt(self.text_tokenizer, speaker)
+        else:
+            ids = encode_turn(self.text_tokenizer, speaker, clean_text(text))
+            prompt = ids[: self._prompt_length(speaker, ids)]
+        n_text = len(ids) if text is not None else len(prompt) + self.sampling.max_text_ids
+        self._make_room(self.layout.turn_length(n_text, self.sampling.max_frames))
+        before = self._before()
+        order = "speak" if text is not None else "joint"
+        turn = Turn(list(ids), None, len(prompt), order, gap_seconds * FRAME_RATE)
+        self.clock.begin_turn(turn.gap)
+        self.ended = False
+        frames = _Frames(self)
+        try:
+            hidden = self._read(self.layout.text_rows(turn.text_ids, len(prompt), self.clock))
+            while not self.ended and len(frames.first) < self.sampling.max_frames:
+                if len(frames.first) % self.layout.frames_per_chunk == 0:
+                    for _ in range(self.layout.text_per_chunk):
+                        if turn.text_ids[-1] != self.text_tokenizer.eos:
+                            hidden = self._write_id(turn, hidden)
+                written = turn.text_ids[-1] == self.text_tokenizer.eos
+                may_end = written and len(frames.first) >= self.sampling.min_frames
+                self.ended = not frames.begin(hidden, may_end)
+                samples = frames.finish(all_of_them=self.ended)
+                if len(samples):
+                    yield samples
+                if not self.ended:
+                    hidden = self._read(self.layout.audio_row(frames.codes(), self.clock))
+                    frames.n_read = len(frames.first)
+            samples = frames.finish(all_of_them=True, flush=True)
+            if len(samples):
+                yield samples
+        finally:
+            frames.finish(all_of_them=True)
+            self._close(turn, speaker, frames, before)
+
+    def speak(self, speaker: int, text: str | None, gap_seconds: float = 0.0) -> Reply:
+        """`stream`, returned as a whole. An immediate end gives empty audio and a warning."""
+        start = time.perf_counter()
+        first, chunks = float("nan"), []
+        for samples in self.stream(speaker, text, gap_seconds):
+            first = time.perf_counter() - start if not chunks else first
+            chunks.append(samples)
+        turn = self.turns[-1]
+        said = turn_text(self.text_tokenizer, speaker, turn.text_ids)
+        if not chunks:
+            warnings.warn(f"the model ended the turn {said!r} at once, there is no audio", stacklevel=2)
+        samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
+        return Reply(samples, turn.codes, said, self.ended, first, time.perf_counter() - start)
+
+    def reply(self, speaker: int, gap_seconds: float = 0.0) -> Reply:
+        """Answer as `speaker` with text and voice of the model's own. ValueError for a model without a text head."""
+        return self.speak(speaker, None, gap_seconds)
+
+    def _need_text_head(self, verb: str) -> None:
+        if not self.model.config.text_head:
+            raise ValueError(f"the model cannot {verb}: it was trained with text_head=False")
+
+    def _prompt_length(self, speaker: int, ids: list[int]) -> int:
+        return len(shared_prefix(turn_prompt(self.text_tokenizer, speaker), ids))
+
+    def _heard(self, samples: np.ndarray | None, codes: Tensor | None) -> tuple[Tensor, np.ndarray | None]:
+        """Codes of a turn given either way, and its samples where the memory needs them."""
+        if (samples is None) == (codes is None):
+            raise ValueError("give a turn either samples or codes")
+        if codes is not None:
+            self.layout.check_codes(codes)
+        with torch.inference_mode():
+            if codes is None:
+                samples = np.ascontiguousarray(samples, dtype=np.float32)
+                codes = self.tokenizer.encode(torch.from_numpy(samples)[None].to(self.device))[0].cpu()
+            elif self.cache.memory is not None and len(codes):
+                samples = self.tokenizer.decode(codes[None].to(self.device))[0].cpu().numpy()
+        return codes, samples
+
+    def _prosody(self, samples: np.ndarray | None, n_characters: int) -> Tensor:
+        if self.cache.memory is None or samples is None:
+            return torch.full((N_PROSODY,), torch.nan)
+        return prosody_features(samples, n_characters)
+
+    @torch.inference_mode()
+    def _write_id(self, turn: Turn, hidden: Tensor) -> Tensor:
+        """Draw the next text id of a turn under way and read it; the last of `max_text_ids` is the end of the text."""
+        s, first = self.sampling, len(turn.text_ids)
+        logits = self.model.text_logits(hidden)
+        logits[:, self.text_tokenizer.bos] = -torch.inf
+        choice = int(draw(logits, s.text_temperature, s.text_top_k, self.speaker.generator))
+        turn.text_ids.append(choice if first - turn.n_prompt < s.max_text_ids - 1 else self.text_tokenizer.eos)
+        return self._read(self.layout.text_rows(turn.text_ids[-1:], turn.n_prompt, self.clock, first))
+
+    def _close(self, turn: Turn, speaker: int, frames: _Frames, before: tuple) -> None:
+        """Read the rows that end a turn and let it join the conversation."""
+        codes = frames.codes()
+        if len(codes) > frames.n_read:
+            self._read(self.layout.audio_row(codes, self.clock))
+        self._read(self.layout.end_rows(codes, self.clock))
+        heard = np.concatenate(frames.decoded) if frames.decoded else np.zeros(0, dtype=np.float32)
+        n_characters = len(turn_text(self.text_tokenizer, speaker, turn.text_ids))
+        turn = turn._replace(codes=codes, prosody=self._prosody(heard, n_characters))
+        self.layout.end_turn(turn, self.clock)
+        self._keep(turn, speaker, before)
+
+    def _before(self) -> tuple[Clock, MemoryState | None]:
+        return self.clock.copy(), None if self.cache.memory is None else self.cache.memory.state
+
+    @torch.inference_mode()
+    def _keep(self, turn: Turn, speaker: int, before: tuple[Clock, MemoryState | None]) -> None:
+        self.kept.append(KeptTurn(turn, speaker, *before))
+        prosody = torch.full((N_PROSODY,), torch.nan) if turn.prosody is None else turn.prosody
+        self.model.end_turn(self.cache, prosody[None].to(self.device))
 
     @torch.inference_mode()
     def _read(self, rows: Rows) -> Tensor:
         """Run rows through the backbone behind what the cache holds; (1, D) state of the last one."""
-        tokens, mask = rows.tokens[None].to(self.device), rows.mask[None].to(self.device)
-        return self.model.hidden(tokens, mask, cache=self.cache)[:, -1]
+        return self.model.hidden(rows.batch().to(self.device), cache=self.cache)[:, -1]
 
     def _make_room(self, needed: int) -> None:
         """Drop whole oldest turns until `needed` more rows fit, and read the rest anew if any was dropped."""
@@ -230,12 +367,78 @@ class Conversation:
                 f"a turn of {needed} rows (text and up to {self.sampling.max_seconds} s of audio) does not fit "
                 f"the model's {limit} positions; shorten it or lower max_seconds"
             )
-        dropped = 0
-        while self._context_rows + needed > limit:
-            self.turns.pop(0)
+        dropped, used = 0, self.clock.position
+        lengths = [self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in self.turns]
+        while used + needed > limit:
+            used -= lengths[dropped]
             dropped += 1
         if dropped:
             warnings.warn(f"{dropped} oldest turns left the context of {limit} positions", stacklevel=3)
-            self.cache.length = 0
-            if self.turns:
-                self._read(concatenate([self.model.config.layout.turn_rows(turn) for turn in self.turns]))
+            self._forget(dropped)
+
+    def _forget(self, dropped: int) -> None:
+        """Read the newer turns anew, each with the memory as it was before it; the memory now stays as it is."""
+        now, (clock, memory) = self.clock, self._before()
+        self.cache.forget_context()
+        kept, self.kept, position = self.kept[dropped:], [], 0
+        for turn in kept:
+            clock = turn.clock.copy()
+            clock.position = position
+            self.kept.append(turn._replace(clock=clock.copy()))
+            if self.cache.memory is not None:
+                self.cache.memory.state, self.cache.memory.turn = turn.memory, None
+            self._read(self.layout.turn_rows(turn.turn, clock))
+            position = clock.position
+        if self.cache.memory is not None:
+            self.cache.memory.state, self.cache.memory.turn = memory, None
+        now.position = position
+
+
+class _Frames:
+    """The frames of a turn being spoken: stage 1 now, stage 2 and the decoder when a batch is full."""
+
+    def __init__(self, conversation: Conversation):
+        self.c = conversation
+        self.decoder = conversation.tokenizer.decoder_stream(1)
+        self.lead_in = self.decoder.delay_samples
+        self.first: list[Tensor] = []  # (k,) codes of stage 1, of every frame
+        self.states: list[Tensor] = []  # (1, D) of those that wait for stage 2
+        self.whole: list[Tensor] = []  # (K,)
+        self.decoded: list[np.ndarray] = []
+        self.n_read = 0  # rows of them that the backbone has read
+
+    def begin(self, hidden: Tensor, may_end: bool) -> bool:
+        """Stage 1 of the next frame; False if it is the end of the turn."""
+        with torch.inference_mode():
+            codes = self.c.speaker.first_codes(hidden, may_end)
+        whole = torch.nn.functional.pad(codes[0], (0, self.c.layout.n_codebooks - codes.size(1)))
+        if bool(self.c.layout.is_end_of_turn(whole)):
+            return False
+        self.first.append(codes[0])
+        self.states.append(hidden)
+        return True
+
+    def codes(self) -> Tensor:
+        """(n, K) of all frames; the acoustic codes of those that wait are 0 and not read before they are known."""
+        K = self.c.layout.n_codebooks
+        waiting = [torch.nn.functional.pad(codes, (0, K - len(codes))) for codes in self.first[len(self.whole) :]]
+        codes = [*self.whole, *waiting]
+        return torch.stack(codes).cpu() if codes else torch.empty(0, K, dtype=torch.int64)
+
+    def finish(self, all_of_them: bool, flush: bool = False) -> np.ndarray:
+        """Stage 2 for the frames that wait, if they fill a batch; the samples that are new."""
+        waiting, chunks = len(self.states), []
+        with torch.inference_mode():
+            if waiting and (all_of_them or waiting >= self.c.acoustic_batch):
+                first = torch.stack(self.first[-waiting:])  # (N, k)
+                codes = self.c.speaker.continue_frames(torch.cat(self.states), first, self.c.layout.n_codebooks)
+                self.whole += list(codes)
+                self.states = []
+                samples = self.decoder.push(codes[None])[0].cpu().numpy()
+                chunks.append(samples[self.lead_in :])
+                self.lead_in = max(0, self.lead_in - len(samples))
+            if flush and self.whole:
+                chunks.append(self.decoder.flush()[0].cpu().numpy())
+        samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
+        self.decoded.append(samples)
+        return samples

@@ -82,3 +82,23 @@ def clean_text(text: str) -> str:
 def encode_turn(tokenizer: TextTokenizer, speaker: int, text: str) -> list[int]:
     """BOS "[speaker]text" EOS, as in csm-1b's prompt format."""
     return [tokenizer.bos, *tokenizer.encode(f"[{speaker}]{text}"), tokenizer.eos]
+
+
+def turn_prompt(tokenizer: TextTokenizer, speaker: int) -> list[int]:
+    """The ids that open every turn of a speaker and are given to a model that writes the text itself.
+
+    Some tokenizers join the closing bracket with what follows; it is then left to the model.
+    """
+    return shared_prefix([tokenizer.bos, *tokenizer.encode(f"[{speaker}]")], encode_turn(tokenizer, speaker, "Hello"))
+
+
+def shared_prefix(one: list[int], other: list[int]) -> list[int]:
+    """The ids that both begin with."""
+    length = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    return one[: min(len(one), len(other)) if length is None else length]
+
+
+def turn_text(tokenizer: TextTokenizer, speaker: int, text_ids: list[int]) -> str:
+    """Inverse of `encode_turn`, also for ids that a model wrote."""
+    ids = [i for i in text_ids if i not in (tokenizer.bos, tokenizer.eos)]
+    return tokenizer.decode(ids).removeprefix(f"[{speaker}]").strip()

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from architecture import CSM, preset
+from architecture import CSM
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from dataset_pipeline import ConversationDataset, TokenCache
+from model_sizes import preset
 from run_folder import read_metrics
 from rvq_tokenizer import RVQTokenizer, load_tokenizer
 from text_tokenizer import load_text_tokenizer
-from training import TrainConfig, choose_bf16, train
+from training import TrainConfig, choose_bf16, mixture, train
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +40,11 @@ def build_model(tokenizer: RVQTokenizer, seed: int) -> CSM:
     """A `nano` model with random weights that fits the tokenizer; the same seed gives the same weights."""
     c = tokenizer.config
     config = preset(
-        "nano", n_codebooks=c.n_codebooks, codebook_size=c.codebook_size, audio_tokenizer=tokenizer.fingerprint()
+        "nano",
+        n_codebooks=c.n_codebooks,
+        n_semantic=c.n_semantic,
+        codebook_size=c.codebook_size,
+        audio_tokenizer=tokenizer.fingerprint(),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -49,12 +54,12 @@ def build_model(tokenizer: RVQTokenizer, seed: int) -> CSM:
 def print_summary(folder: Path) -> None:
     """The falling loss as a table, every tenth step."""
     records = read_metrics(folder)
-    print(f"{'step':>5} {'loss':>8} {'codebook 0':>11} {'depth':>7} {'val loss':>9}   nats per code")
+    print(f"{'step':>5} {'loss':>8} {'codebook 0':>11} {'depth':>7} {'text':>7} {'val loss':>9}   nats per code")
     for record in records:
         if record["step"] % 10 == 0 or "val/loss" in record:
             val = f"{record['val/loss']:9.3f}" if "val/loss" in record else " " * 9
-            values = (record["train/loss"], record["train/codebook0"], record["train/depth"])
-            print(f"{record['step'] + 1:5d} {values[0]:8.3f} {values[1]:11.3f} {values[2]:7.3f} {val}")
+            loss, codebook0, depth, text = (record[f"train/{name}"] for name in ("loss", "codebook0", "depth", "text"))
+            print(f"{record['step'] + 1:5d} {loss:8.3f} {codebook0:11.3f} {depth:7.3f} {text:7.3f} {val}")
     print(f"loss {records[0]['train/loss']:.3f} -> {records[-1]['train/loss']:.3f} in {len(records)} steps")
     print(f"checkpoint {folder}, picture {folder / 'losses.png'}, TensorBoard: tensorboard --logdir {folder}")
 
@@ -71,11 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         cache = TokenCache(args.data, tokenizer)
         model = build_model(tokenizer, args.seed)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-        layout, positions = model.config.layout, config.row_positions
-        train_data = ConversationDataset(
-            args.data, "train", cache, text_tokenizer, layout, positions, config.no_context
-        )
-        val_data = ConversationDataset(args.data, "val", cache, text_tokenizer, layout, positions, no_context=0)
+        shared = cache, text_tokenizer, model.config.layout, config.row_positions
+        train_data = ConversationDataset(args.data, "train", *shared, mixture(config, model.config))
+        val_data = ConversationDataset(args.data, "val", *shared)
         settings = {"data": cache.fingerprint}
         done = len(read_metrics(args.out)) >= config.max_steps and (args.out / "model.safetensors").is_file()
         code = train(model, train_data, val_data, config, args.out, settings, device)

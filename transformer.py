@@ -7,6 +7,7 @@ RoPE pairs channel i with i + d/2 (the rotate-half order of transformers).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,13 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     return frequencies * (keep + (1 - keep) / config.rope_scale)
 
 
+def rope_angles(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(B or 1, T) positions, whole or not -> cos and sin, each (B or 1, 1, T, d), in fp32."""
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to (B, H, T, d); cos and sin are (B or 1, 1, T, d)."""
     half = x.size(-1) // 2
@@ -112,17 +120,17 @@ class Attention(nn.Module):
         causal = allowed is None and T == k.size(2) > 1  # one new row may see all rows before it
         grouped = self.n_heads != self.n_kv_heads
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -136,7 +144,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config.d_model, config.d_ff)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
@@ -145,11 +153,19 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+def init_matrices(module: nn.Module, residual_scale: float) -> None:
+    """Every matrix normal with std 0.02, those that write into the residual stream times `residual_scale` (GPT-2)."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 * (residual_scale if into_residual else 1.0))
+
+
 class Transformer(nn.Module):
     """Blocks and a final norm; takes embeddings, gives hidden states.
 
     Initialisation: every matrix normal with std 0.02, those that write into the residual stream divided by
-    sqrt(2 n_layers) (GPT-2); norms 1.
+    sqrt(2 n_layers); norms 1.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -158,34 +174,31 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02
-                nn.init.normal_(parameter, std=std)
-
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B or 1, T) positions -> cos and sin, each (B or 1, 1, T, d), in fp32."""
-        angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, T, d / 2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        init_matrices(self, 1 / math.sqrt(2 * config.n_layers))
 
     def forward(
-        self, x: Tensor, positions: Tensor, allowed: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        allowed: Tensor | None = None,
+        cache: KVCache | None = None,
+        between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) embeddings at (B or 1, T) positions -> (B, T, D) normed hidden states.
 
         Without `allowed` attention is causal. With a cache, x continues what the cache holds; several new rows on a
-        non-empty cache get their causal mask here.
+        non-empty cache get their causal mask here. `between` takes number and output of each block and may change it.
         """
         T = x.size(1)
         if cache is not None and cache.length and T > 1 and allowed is None:
             total = cache.length + T
             allowed = torch.ones(T, total, dtype=torch.bool, device=x.device).tril(cache.length)[None, None]
-        rope = self.rope(positions)
+        rope = rope_angles(self.frequencies, positions)
         x = x.to(self.norm.weight.dtype)  # under autocast the residual stream keeps the precision of the weights
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, allowed, cache, layer)
+            if between is not None:
+                x = between(layer, x)
         if cache is not None:
             cache.length += T
         return self.norm(x)

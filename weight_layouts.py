@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from architecture import CSM, CSMConfig, load_model, preset, save_model
+from architecture import ADDED, CSM, load_model, save_model
 from checkpointing import load_into, save_tensors
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from model_sizes import CSMConfig, preset
 from transformer import TransformerConfig
 
 LAYOUTS = ("ours", "sesame", "transformers")
@@ -149,6 +150,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_published(path: Path, config: CSMConfig | None = None) -> CSM:
     """csm-1b (or another `config`) from a file or folder of either published layout, in eval mode.
 
+    What the config adds to the published model starts as an exact no-op, drawn from torch's global generator.
     ValueError names the first tensor that is missing, unknown or misshapen.
     """
     config = config or preset("csm-1b")
@@ -157,16 +159,24 @@ def load_published(path: Path, config: CSMConfig | None = None) -> CSM:
     with torch.device("meta"):
         model = CSM(config)
     model.to_empty(device="cpu")
+    model.make_additions()
     model.reset_buffers()
-    load_into(model, convert(tensors, config), str(path))
+    added = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(ADDED)}
+    load_into(model, added | convert(tensors, config), str(path))
     return model.eval()
 
 
 def save_published(model: CSM, folder: Path, layout: str) -> None:
-    """Write `model.safetensors` of one layout into a folder; 'ours' has its config beside it."""
+    """Write `model.safetensors` of one layout into a folder; 'ours' has its config beside it.
+
+    ValueError for a model with additions that a published layout has no place for.
+    """
     if layout == "ours":
         save_model(model, folder)
         return
+    for name in ("cross_attention_every", "semantic_heads", "prosodic_heads", "acoustic_delay"):
+        if getattr(model.config, name):
+            raise ValueError(f"{name}={getattr(model.config, name)}: the layout {layout} cannot hold it; write ours")
     convert = to_sesame if layout == "sesame" else to_transformers
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", convert(model.state_dict(), model.config))

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from architecture import CSM, CSMConfig
+from architecture import CSM
 from audio import encode_pcm16, loudness_lufs, to_pcm16
+from model_sizes import CSMConfig
 from rvq_tokenizer import PRESETS, RVQTokenizer, save_tokenizer
 from transformer import TransformerConfig
 from turn_shards import Collection, TurnRecord
@@ -36,6 +37,35 @@ def tiny_model(seed: int = 0, **changes) -> CSM:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(8)
+    return model
+
+
+ADDITIONS = {
+    "n_semantic": 2,
+    "acoustic_delay": 3,
+    "cross_attention_every": 1,
+    "semantic_heads": 2,
+    "prosodic_heads": 2,
+    "memory_key": 8,
+    "memory_value": 8,
+    "text_head": True,
+    "text_per_chunk": 3,
+    "frames_per_chunk": 4,
+}
+
+
+def full_config(**changes) -> CSMConfig:
+    """A `tiny_config` with every addition to the published model."""
+    return tiny_config(**{**ADDITIONS, **changes})
+
+
+def full_model(seed: int = 0, **changes) -> CSM:
+    """A `full_config` model with large weights and open gates, so that every addition changes its outputs."""
+    model = tiny_model(seed, **{**ADDITIONS, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.7)
     return model
 
 

@@ -1,32 +1,69 @@
-"""The speech model: equality with transformers' csm, losses, amortization, saving, configs that cannot work."""
+"""The speech model: equality with transformers' csm, additions, losses, amortization, saving, impossible configs."""
 
 import math
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import full_config, full_model, tiny_config, tiny_model
 
 import architecture
-from architecture import CSM, CSMConfig, load_model, parameter_table, pick_depth_rows, preset, save_model
+from architecture import (
+    CSM,
+    CSMCache,
+    Terms,
+    count_targets,
+    load_model,
+    parameter_table,
+    pick_depth_rows,
+    save_model,
+)
 from checkpointing import load_weights, save_weights
-from frames import IGNORE, Turn, concatenate, next_frame_targets
+from frames import IGNORE, N_PROSODY, ORDERS, Clock, Rows, Turn, concatenate
+from model_sizes import CSMConfig, preset
+from training import add, weighted_mean
 from transformer import TransformerConfig
 from weight_layouts import to_transformers
 
+EQUAL = Terms(1.0, 1.0, 1.0, 1.0, 1.0)  # weights of the terms of the loss
 
-def conversation_rows(config: CSMConfig, n_turns: int = 2, seed: int = 0):
+
+def conversation_turns(config: CSMConfig, n_turns: int = 2, seed: int = 0, orders=("speak",), **changes) -> list[Turn]:
+    """Random turns of 4 text ids and 6 frames, in the given orders by turns."""
     generator = torch.Generator().manual_seed(seed)
     turns = []
-    for _ in range(n_turns):
+    for i in range(n_turns):
         text = torch.randint(0, config.text_vocab_size, (4,), generator=generator).tolist()
-        turns.append(Turn(text, torch.randint(0, config.codebook_size, (6, config.n_codebooks), generator=generator)))
-    return concatenate([config.layout.turn_rows(turn) for turn in turns])
+        codes = torch.randint(0, config.codebook_size, (6, config.n_codebooks), generator=generator)
+        prosody = torch.randn(N_PROSODY, generator=generator)
+        turn = Turn(text, codes, order=orders[i % len(orders)], gap=5.0 * i, prosody=prosody)
+        turns.append(turn._replace(**changes))
+    return turns
 
 
-def loss_of(model, rows, depth_rows):
-    positions = torch.arange(len(rows.tokens))[None]
-    targets = next_frame_targets(rows)[None]
-    return model.loss(rows.tokens[None], rows.mask[None], targets, positions, None, depth_rows)
+def sequence(config: CSMConfig, turns: list[Turn]) -> Rows:
+    """The rows of a conversation."""
+    clock = Clock()
+    return concatenate([config.layout.turn_rows(turn, clock) for turn in turns])
+
+
+def conversation_rows(config: CSMConfig, n_turns: int = 2, seed: int = 0, orders=("speak",), **changes) -> Rows:
+    """Rows of `conversation_turns` as a batch of one."""
+    return sequence(config, conversation_turns(config, n_turns, seed, orders, **changes)).batch()
+
+
+def every_frame(rows: Rows) -> torch.Tensor:
+    return pick_depth_rows(rows.targets, 1.0, torch.Generator())
+
+
+def loss_of(model: CSM, rows: Rows, depth_rows: torch.Tensor) -> torch.Tensor:
+    """The mean of codebook 0, of the depth codebooks and of the terms of the additions, all of the same weight."""
+    sums, counts = model.loss(rows, depth_rows, guidance=True), count_targets(rows, depth_rows, guidance=True)
+    return weighted_mean(sums, counts, EQUAL)
+
+
+def assert_close(ours: Terms, theirs: Terms, **tolerance) -> None:
+    for name, one, other in zip(Terms._fields, ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def transformers_twin(model: CSM):
@@ -93,10 +130,9 @@ def test_logits_equal_those_of_transformers_csm(heads):
     model = tiny_model(backbone=backbone, depth=depth, **changes)
     twin = transformers_twin(model)
     rows = conversation_rows(model.config)
-    tokens, mask = rows.tokens[None], rows.mask[None]
     with torch.inference_mode():
-        ours = model.hidden(tokens, mask)
-        theirs = twin.backbone_model(inputs_embeds=model.embed(tokens, mask)).last_hidden_state
+        ours = model.hidden(rows)
+        theirs = twin.backbone_model(inputs_embeds=model.embed(rows.tokens, rows.mask)).last_hidden_state
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model.codebook0_head(ours), twin.lm_head(theirs), atol=1e-4, rtol=1e-4)
 
@@ -109,9 +145,9 @@ def test_logits_equal_those_of_transformers_csm(heads):
 
 def test_the_backbone_input_is_the_masked_sum_of_the_rows_embeddings(model):
     rows = conversation_rows(model.config)
-    embedded = model.embed(rows.tokens[None], rows.mask[None])[0]
+    embedded = model.embed(rows.tokens, rows.mask)[0]
     A = model.config.audio_vocab_size
-    for t, (token, mask) in enumerate(zip(rows.tokens, rows.mask, strict=True)):
+    for t, (token, mask) in enumerate(zip(rows.tokens[0], rows.mask[0], strict=True)):
         expected = torch.zeros(32)
         for k in range(4):
             if mask[k]:
@@ -136,31 +172,99 @@ def test_nano_is_small_beyond_its_embedding_tables():
     assert 10e6 < table["total"] - table["text_embedding"] - table["audio_embedding"] < 15e6
 
 
-def test_a_new_model_is_as_unsure_as_it_should_be():
+@pytest.mark.parametrize("config", [tiny_config(), full_config()], ids=["plain", "full"])
+def test_a_new_model_is_as_unsure_as_it_should_be(config):
     torch.manual_seed(0)
-    model = CSM(tiny_config())
-    rows = conversation_rows(model.config, n_turns=4)
-    losses = loss_of(model, rows, pick_depth_rows(next_frame_targets(rows)[None], 1.0, torch.Generator()))
-    assert (losses.c0_sum / losses.c0_count).item() == pytest.approx(math.log(17), abs=0.1)
-    assert (losses.depth_sum / losses.depth_count).tolist() == pytest.approx([math.log(17)] * 3, abs=0.1)
+    model = CSM(config)
+    rows = conversation_rows(config, n_turns=4)
+    depth_rows = every_frame(rows)
+    losses, counts = model.loss(rows, depth_rows), count_targets(rows, depth_rows)
+    assert (losses.codebook0 / counts.codebook0).item() == pytest.approx(math.log(17), abs=0.1)
+    assert (losses.depth / counts.depth).tolist() == pytest.approx([math.log(17)] * 3, abs=0.1)
+    if config.text_head:
+        assert (losses.text / counts.text).item() == pytest.approx(math.log(258), abs=0.1)
+
+
+def test_sums_over_counts_are_the_uniform_guess_of_a_model_without_an_opinion():
+    model = full_model()
+    with torch.no_grad():
+        for weights in (model.codebook0_head.weight, model.depth_heads, model.text_embedding.weight):
+            weights.zero_()
+    rows = conversation_rows(model.config, 3, orders=ORDERS)
+    depth_rows = every_frame(rows)[::2]
+    sums, counts = model.loss(rows, depth_rows), count_targets(rows, depth_rows)
+    assert counts.codebook0 == 3 * 7 and counts.depth.tolist() == [9] * 3 and counts.text == 3 * 3
+    assert counts.memory == 3 * N_PROSODY and counts.guidance == 0
+    assert sums.codebook0.item() == pytest.approx(21 * math.log(17), rel=1e-5)
+    assert sums.depth.tolist() == pytest.approx([9 * math.log(17)] * 3, rel=1e-5)
+    assert sums.text.item() == pytest.approx(9 * math.log(258), rel=1e-5)
 
 
 def test_amortized_losses_are_sums_over_the_picked_frames_only(model):
     rows = conversation_rows(model.config)
-    targets = next_frame_targets(rows)[None]
-    every = pick_depth_rows(targets, 1.0, torch.Generator())
+    every = every_frame(rows)
     assert len(every) == 12  # 2 turns of 6 frames; the ends of turn have one codebook only
-    whole = loss_of(model, rows, every)
-    parts = [loss_of(model, rows, part) for part in (every[:5], every[5:])]
-    torch.testing.assert_close(parts[0].depth_sum + parts[1].depth_sum, whole.depth_sum)
-    assert torch.equal(parts[0].depth_count + parts[1].depth_count, whole.depth_count)
-    assert torch.equal(parts[0].c0_sum, whole.c0_sum)
-    assert whole.c0_count == 14
+    whole = model.loss(rows, every)
+    parts = [model.loss(rows, part) for part in (every[:5], every[5:])]
+    torch.testing.assert_close(parts[0].depth + parts[1].depth, whole.depth)
+    counts = [count_targets(rows, part) for part in (every[:5], every[5:], every)]
+    assert [count.depth.tolist() for count in counts] == [[5] * 3, [7] * 3, [12] * 3]
+    assert torch.equal(parts[0].codebook0, whole.codebook0)
+    assert [int(count.codebook0) for count in counts] == [14] * 3
+
+
+def test_the_text_loss_is_over_the_ids_behind_the_prompt_only():
+    model = full_model()
+    nats = []
+    for n_prompt in (1, 2, 4):
+        rows = conversation_rows(model.config, n_turns=1, n_prompt=n_prompt)
+        ids = rows.tokens[0, n_prompt:4, -1]
+        logits = model.text_logits(model.hidden(rows)[0, n_prompt - 1 : 3])
+        expected = torch.nn.functional.cross_entropy(logits, ids, reduction="sum") if len(ids) else torch.zeros(())
+        nats.append(model.loss(rows, every_frame(rows)).text)
+        torch.testing.assert_close(nats[-1], expected, atol=1e-4, rtol=1e-5)
+        assert count_targets(rows, every_frame(rows)).text == 4 - n_prompt
+    assert nats[0] > nats[1] > nats[2] == 0
+
+
+def test_without_a_text_head_there_is_no_text_loss(model):
+    rows = conversation_rows(model.config)
+    assert model.loss(rows, every_frame(rows)).text == 0
+
+
+def test_turns_not_to_be_learnt_are_context_without_a_loss():
+    """The losses of each speaker's turns alone add up to the loss of all turns."""
+    model = full_model()
+    turns = conversation_turns(model.config, 4, orders=ORDERS)
+    found, counts = [], []
+    for learnt in ((0, 2), (1, 3), (0, 1, 2, 3)):
+        rows = sequence(model.config, [turn._replace(learn=i in learnt) for i, turn in enumerate(turns)]).batch()
+        found.append(model.loss(rows, every_frame(rows)))
+        counts.append(count_targets(rows, every_frame(rows)))
+    for name in ("codebook0", "depth", "text"):
+        first, second, both = (getattr(terms, name) for terms in found)
+        torch.testing.assert_close(first + second, both, atol=1e-3, rtol=1e-5)
+        assert (first > 0).all() and (second > 0).all()
+        assert torch.equal(*(sum(getattr(c, name) for c in some) for some in (counts[:2], counts[2:])))
+
+
+@pytest.mark.parametrize("changes", [{"learn": False}, {"codes": None}], ids=["context only", "text only"])
+def test_a_batch_without_a_frame_to_learn_still_has_its_other_losses(changes):
+    model = full_model()
+    rows = conversation_rows(model.config, **changes)
+    assert len(every_frame(rows)) == 0
+    losses, counts = model.loss(rows, every_frame(rows)), count_targets(rows, every_frame(rows))
+    assert losses.codebook0 == 0 and losses.depth.tolist() == [0, 0, 0]
+    assert (losses.text > 0) == (counts.text > 0) == ("codes" in changes)
+    loss = weighted_mean(losses, counts, EQUAL)
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 def test_the_amortized_share_is_redrawn_and_covers_all_frames():
-    targets = torch.zeros(2, 100, 4, dtype=torch.int64)
+    targets = torch.zeros(2, 100, 5, dtype=torch.int64)
     targets[:, :20] = IGNORE
+    targets[..., -1] = IGNORE  # no text
     generator = torch.Generator().manual_seed(0)
     draws = [pick_depth_rows(targets, 1 / 16, generator) for _ in range(200)]
     assert {len(draw) for draw in draws} == {10}
@@ -169,40 +273,192 @@ def test_the_amortized_share_is_redrawn_and_covers_all_frames():
     assert torch.equal(*again)
 
 
-def test_padding_and_neighbours_do_not_change_a_document(model):
-    first, second = conversation_rows(model.config, seed=1), conversation_rows(model.config, seed=2)
-    n, m = len(first.tokens), len(second.tokens)
-    packed = concatenate([first, second])
-    documents = torch.tensor([0] * n + [1] * m)
-    allowed = ((documents[:, None] == documents) & torch.ones(n + m, n + m).tril().bool())[None, None]
-    positions = torch.cat((torch.arange(n), torch.arange(m)))[None]
-    together = model.hidden(packed.tokens[None], packed.mask[None], positions, allowed)
-    alone = model.hidden(second.tokens[None], second.mask[None])
-    torch.testing.assert_close(together[:, n:], alone, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_depth_decoder_learns_whole_frames_only(order):
+    """Not the rows before text, nor the one before the end of turn."""
+    rows = conversation_rows(full_config(), orders=(order,))
+    assert len(every_frame(rows)) == 12
+    assert (rows.targets.flatten(0, 1)[every_frame(rows), :-1] < 16).all()
 
 
-def test_one_batch_can_be_learnt_by_heart():
-    torch.manual_seed(0)
-    model = CSM(tiny_config())
+def packed(*groups: list[Rows]) -> Rows:
+    """A batch with a row for each group of sequences, padded on the right."""
+    fill = Rows(0, False, IGNORE, 0, -1, -1, -1, 0.0, math.nan)
+    joined = []
+    for group in groups:
+        parts, turns = [], 0
+        for number, rows in enumerate(group):
+            own = torch.full_like(rows.documents, number)
+            parts.append(rows._replace(documents=own, conversations=own, turns=rows.turns + turns))
+            turns += int(rows.turns.max()) + 1
+        joined.append(concatenate(parts))
+    L = max(len(rows.tokens) for rows in joined)
+    columns = zip(*joined, strict=True)
+    return Rows(
+        *(
+            torch.stack([torch.cat((x, x.new_full((L - len(x), *x.shape[1:]), value))) for x in column])
+            for column, value in zip(columns, fill, strict=True)
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [tiny_model, full_model], ids=["plain", "full"])
+def test_padding_and_neighbours_do_not_change_a_document(make):
+    model = make()
+    alone = [sequence(model.config, conversation_turns(model.config, 3, seed, ORDERS)) for seed in range(3)]
+    batch = packed([alone[0], alone[1]], [alone[2]])
+    with torch.no_grad():
+        together = model.hidden(batch, batch.allowed())
+        n = len(alone[0].tokens)
+        for rows, states in zip(alone, (together[0, :n], together[0, n:], together[1, :n]), strict=True):
+            torch.testing.assert_close(states, model.hidden(rows.batch())[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_model, full_model], ids=["plain", "full"])
+def test_the_loss_of_a_packed_batch_is_the_sum_of_its_conversations(make):
+    model = make()
+    lengths = (3, 1, 2, 4)
+    alone = [
+        sequence(model.config, conversation_turns(model.config, n, seed, ORDERS)) for seed, n in enumerate(lengths)
+    ]
+    batch = packed(alone[:3], alone[3:])
+    assert (batch.documents == -1).any()
+    with torch.no_grad():
+        together = model.loss(batch, every_frame(batch), guidance=True)
+        singles = [model.loss(rows.batch(), every_frame(rows.batch()), guidance=True) for rows in alone]
+    assert_close(together, add(singles), atol=1e-3, rtol=1e-5)
+    counts = [count_targets(rows.batch(), every_frame(rows.batch()), guidance=True) for rows in alone]
+    assert_close(count_targets(batch, every_frame(batch), guidance=True), add(counts), atol=0, rtol=0)
+    if model.config.has_memory:
+        assert together.guidance > 0 and together.memory > 0
+
+
+def test_the_memory_alone_carries_what_left_the_context_and_only_along_a_conversation():
+    """The second document of a sequence depends on the first if both are of one conversation."""
+    model = full_model()
+    turns = conversation_turns(model.config, 2)
+    other = turns[0]._replace(text_ids=[9, 8, 7, 6])
+    states = {}
+    for conversation in (0, 1):
+        for name, first in (("one", turns[0]), ("other", other)):
+            rows = sequence(model.config, [first, turns[1]])
+            later = rows.turns == 1
+            rows.documents[later], rows.conversations[later] = 1, conversation
+            batch = rows.batch()
+            states[conversation, name] = model.hidden(batch, batch.allowed())[0, later]
+    assert (states[0, "one"] - states[0, "other"]).abs().max() > 1e-3
+    torch.testing.assert_close(states[1, "one"], states[1, "other"], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_every_parameter_of_the_full_model():
+    model = full_model()
+    rows = conversation_rows(model.config, 4, orders=("speak", "joint", "listen"))
+    loss_of(model, rows, every_frame(rows)).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "additions",
+    [
+        {"cross_attention_every": 1},
+        {"cross_attention_every": 2},
+        {"semantic_heads": 2, "memory_key": 8, "memory_value": 8},
+        {"prosodic_heads": 2, "memory_key": 8, "memory_value": 8},
+        {"cross_attention_every": 1, "semantic_heads": 2, "prosodic_heads": 2, "memory_key": 8, "memory_value": 8},
+    ],
+)
+def test_an_addition_changes_nothing_until_its_gates_open(additions):
+    shared = {"n_semantic": 2, "acoustic_delay": 3, "text_head": True, "text_per_chunk": 3, "frames_per_chunk": 4}
+    plain, extended = tiny_model(**shared), tiny_model(seed=1, **shared, **additions)
+    missing, unknown = extended.load_state_dict(plain.state_dict(), strict=False)
+    assert not unknown and missing and all(name.startswith(architecture.ADDED) for name in missing)
+    rows = conversation_rows(plain.config, 4, orders=ORDERS)
+    assert torch.equal(plain.hidden(rows), extended.hidden(rows))
+    losses = [model.loss(rows, every_frame(rows)) for model in (plain, extended)]
+    for name in ("codebook0", "depth", "text"):
+        assert torch.equal(*(getattr(terms, name) for terms in losses))
+    with torch.no_grad():
+        for name, parameter in extended.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.7)
+    assert (plain.hidden(rows) - extended.hidden(rows)).abs().max() > 1e-3
+
+
+def test_the_number_of_semantic_codebooks_alone_changes_nothing(model):
+    other = CSM(tiny_config(n_semantic=3))
+    other.load_state_dict(model.state_dict())
+    rows = [conversation_rows(own.config) for own in (model, other)]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*rows, strict=True))
+    assert torch.equal(model.hidden(rows[0]), other.hidden(rows[1]))
+
+
+def test_the_same_seed_gives_the_same_loss_and_gradients_twice():
+    results = []
+    for seed in (3, 3, 4):
+        model = full_model(seed)
+        rows = conversation_rows(model.config, 3, orders=ORDERS)
+        loss = loss_of(model, rows, every_frame(rows))
+        loss.backward()
+        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("sizes", [[1], [100], [1, 5, 2, 7]])
+def test_rows_read_in_pieces_behind_a_cache_equal_those_read_at_once(sizes):
+    model = full_model()
+    clock = Clock()
+    turns = conversation_turns(model.config, 6, orders=("speak", "joint", "listen", "listen"))
+    turns[2] = turns[2]._replace(codes=None, prosody=None)
+    parts = [model.config.layout.turn_rows(turn, clock) for turn in turns]
+    cache, found = CSMCache(model), []
+    with torch.no_grad():
+        whole = model.hidden(concatenate(parts).batch())
+        for rows in parts:
+            start = 0
+            while start < len(rows.tokens):
+                stop = start + sizes[len(found) % len(sizes)]
+                found.append(model.hidden(Rows(*(x[start:stop] for x in rows)).batch(), cache=cache))
+                start = stop
+            model.end_turn(cache, rows.prosody[:1])
+    torch.testing.assert_close(torch.cat(found, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_more_rows_than_positions_are_refused():
+    model = full_model(max_positions=20)
     rows = conversation_rows(model.config)
-    depth_rows = pick_depth_rows(next_frame_targets(rows)[None], 1.0, torch.Generator())
+    with pytest.raises(ValueError, match="26 rows are more than the model's max_positions=20"):
+        model.hidden(rows)
+
+
+@pytest.mark.parametrize("config", [tiny_config(), full_config()], ids=["plain", "full"])
+def test_one_batch_can_be_learnt_by_heart(config):
+    torch.manual_seed(0)
+    model = CSM(config)
+    rows = conversation_rows(config)
+    depth_rows = every_frame(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    counts = count_targets(rows, depth_rows)
     for _ in range(120):
         optimizer.zero_grad()
-        loss = loss_of(model, rows, depth_rows).total()
+        sums = model.loss(rows, depth_rows)
+        loss = weighted_mean(sums, counts, Terms(1.0, 1.0, float(config.text_head), 0.0, 0.0))
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
 
 
-def test_a_saved_model_comes_back_exactly(tmp_path, model):
+@pytest.mark.parametrize("make", [tiny_model, full_model], ids=["plain", "full"])
+def test_a_saved_model_comes_back_exactly(tmp_path, make):
+    model = make()
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.config == model.config
     rows = conversation_rows(model.config)
-    assert torch.equal(
-        model.hidden(rows.tokens[None], rows.mask[None]), loaded.hidden(rows.tokens[None], rows.mask[None])
-    )
+    assert torch.equal(model.hidden(rows), loaded.hidden(rows))
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, model):
@@ -242,4 +498,7 @@ def test_an_unknown_size_is_refused_in_one_line(capsys):
     from command_line import EXIT_INPUT, run
 
     assert run(architecture.main, ["--model_size", "huge"]) == EXIT_INPUT
-    assert capsys.readouterr().err == "error: unknown model size 'huge'; choose one of nano, csm-1b\n"
+    assert (
+        capsys.readouterr().err
+        == "error: unknown model size 'huge'; choose one of nano, micro, tiny, small, medium, csm-1b\n"
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, turn_record
+from conftest import full_model, tiny_model, turn_record
 from spoken_clips import SENTENCES, other_speaker, speech
 
 import evaluation_framework
@@ -273,10 +273,11 @@ def test_unmeasurable_clips_are_counted_by_reason(tools, tokenizer, tmp_path):
     assert baseline["value"] is None and sum(baseline["excluded"].values()) == 3
 
 
-def test_held_out_losses_agree_with_training_and_a_uniform_model_scores_the_uniform_guess(shared_data, tokenizer):
-    model = tiny_model()
+@pytest.mark.parametrize("make", [tiny_model, full_model], ids=["plain", "full"])
+def test_held_out_losses_agree_with_training_and_a_uniform_model_scores_the_uniform_guess(shared_data, tokenizer, make):
+    model = make()
     cache = TokenCache(shared_data, tokenizer)
-    dataset = ConversationDataset(shared_data, "test", cache, ByteTokenizer(), model.config.layout, 256, no_context=0)
+    dataset = ConversationDataset(shared_data, "test", cache, ByteTokenizer(), model.config.layout, 256)
     figures = held_out_losses(model, dataset, 100, torch.device("cpu"), seed=0)
     expected = evaluate_losses(model, dataset)
     assert [figure.value for figure in figures] == pytest.approx([expected["c0"], *expected["depth"]], rel=1e-4)

@@ -1,55 +1,150 @@
-"""Speaking: cached == uncached, streaming == whole, determinism, limits."""
+"""Speaking, replying, listening: cached == uncached, chunks == frame by frame, streaming == whole, limits."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer, voice
+from conftest import full_model, tiny_model, tiny_tokenizer, voice
 
-from frames import Turn, concatenate
+from conversational_memory import MemoryState
+from frames import IGNORE, Clock, Rows, Turn, concatenate
 from generation import Conversation, Sampling, draw
-from text_tokenizer import ByteTokenizer, encode_turn
+from text_tokenizer import ByteTokenizer, encode_turn, turn_prompt, turn_text
 
-GREEDY = Sampling(temperature=0, max_seconds=1.0)
+GREEDY = Sampling(temperature=0, text_temperature=0, max_seconds=1.0)
+LASTING = dataclasses.replace(GREEDY, max_seconds=0.9, min_seconds=0.6, max_text_ids=7)  # 8 to 11 frames
+TEXT = ByteTokenizer()
 
 
 @pytest.fixture
 def talk(model, tokenizer):
-    def start(sampling=GREEDY, seed=0, own=model):
-        return Conversation(own, tokenizer, ByteTokenizer(), sampling=sampling, seed=seed)
+    def start(sampling=GREEDY, seed=0, own=model, acoustic_batch=None):
+        return Conversation(own, tokenizer, TEXT, sampling=sampling, seed=seed, acoustic_batch=acoustic_batch)
 
     return start
 
 
-def uncached_greedy(model, turns: list[Turn], n_frames: int) -> torch.Tensor:
-    """The same frames, with the whole sequence read anew for each and the depth decoder for each code."""
+def some_codes(n_frames: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 16, (n_frames, 4), generator=torch.Generator().manual_seed(seed))
+
+
+def sequence(model, turns: list[Turn], clock: Clock) -> list[Rows]:
+    """The rows of a conversation, turn by turn."""
+    return [model.config.layout.turn_rows(turn, clock) for turn in turns]
+
+
+@torch.no_grad()
+def uncached_greedy(model, turns: list[Turn], prompt: Turn, sampling: Sampling = GREEDY) -> torch.Tensor:
+    """The frames of the turn that `prompt` begins, with the whole sequence read anew for each and each code."""
     c, layout = model.config, model.config.layout
-    spoken = []
-    for _ in range(n_frames):
-        rows = concatenate(
-            [layout.turn_rows(turn) for turn in turns] + [layout.audio_rows(code[None]) for code in spoken]
-        )
-        hidden = model.hidden(rows.tokens[None], rows.mask[None])[:, -1]
+    spoken: list[torch.Tensor] = []
+    while len(spoken) < sampling.max_frames:
+        clock = Clock()
+        parts = sequence(model, turns, clock)
+        clock.begin_turn(prompt.gap)
+        parts.append(layout.text_rows(prompt.text_ids, prompt.n_prompt, clock))
+        parts += [layout.audio_row(torch.stack(spoken[: i + 1]), clock) for i in range(len(spoken))]
+        hidden = model.hidden(concatenate(parts).batch())[:, -1]
         codes = torch.zeros(1, c.n_codebooks, dtype=torch.int64)
-        codes[0, 0] = model.codebook0_head(hidden).argmax()
+        may_end = len(spoken) >= sampling.min_frames
+        codes[0, 0] = model.codebook0_head(hidden)[:, : c.codebook_size + may_end].argmax()
         if layout.is_end_of_turn(codes[0]):
             break
         for k in range(1, c.n_codebooks):
             codes[0, k] = model.depth_logits(hidden, codes)[0, k - 1, : c.codebook_size].argmax()
         spoken.append(codes[0])
-    return torch.stack(spoken)
+    return torch.stack(spoken) if spoken else torch.empty(0, c.n_codebooks, dtype=torch.int64)
+
+
+def prompt_of(speaker: int, text: str, gap: float = 0.0) -> Turn:
+    return Turn(encode_turn(TEXT, speaker, text), None, len(turn_prompt(TEXT, speaker)), gap=gap)
+
+
+@torch.no_grad()
+def assert_greedy_without_a_cache(model, turns: list[Turn]) -> None:
+    """What the last turn holds is what the model holds likeliest at each of its rows, all rows read at once.
+
+    Given ids and a last id that was put there because the text grew too long are left out.
+    """
+    c, parts = model.config, sequence(model, turns, Clock())
+    own = slice(-len(parts[-1].tokens), None)
+    states, targets = model.hidden(concatenate(parts).batch())[0, own], parts[-1].targets
+    framed = targets[:, -2] != IGNORE
+    codes = targets[framed, :-1]
+    assert torch.equal(codes, turns[-1].codes)
+    logits = model.codebook0_head(states[framed])[:, : c.codebook_size]
+    assert torch.equal(logits.argmax(dim=-1), codes[:, 0])
+    logits = model.depth_logits(states[framed], codes)[..., : c.codebook_size]
+    assert torch.equal(logits.argmax(dim=-1), codes[:, 1:])
+    written = targets[:, -1] != IGNORE
+    logits = model.text_logits(states[written])
+    logits[:, TEXT.bos] = -torch.inf
+    free = targets[written, -1] != TEXT.eos
+    assert torch.equal(logits.argmax(dim=-1)[free], targets[written, -1][free])
+
+
+@torch.no_grad()
+def assert_cache_holds_the_turns(conversation: Conversation) -> None:
+    """The next row gets the state that it gets when the rows of all kept turns are read at once. Reads that row."""
+    model, clock = conversation.model, Clock()
+    parts = sequence(model, conversation.turns, clock)
+    assert conversation.cache.keys.length == sum(len(rows.tokens) for rows in parts)
+    assert conversation.clock == clock
+    clock.begin_turn(2.0)
+    probe = model.config.layout.text_rows([7], 1, clock)
+    expected = model.hidden(concatenate([*parts, probe]).batch())[:, -1]
+    torch.testing.assert_close(conversation._read(probe), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cached_frames_equal_uncached_ones_over_two_turns(talk, seed):
     model = tiny_model(seed)
     conversation = talk(own=model)
-    first = Turn(encode_turn(ByteTokenizer(), 0, "hello you"), torch.randint(0, 16, (5, 4)))
-    conversation.add_turn(0, "hello you", codes=first.codes)
+    conversation.add_turn(0, "hello you", codes=some_codes(5))
     for text in ("and you", "me too"):
-        turns = [*conversation.turns, Turn(encode_turn(ByteTokenizer(), 1, text), None)]
-        with torch.no_grad():
-            expected = uncached_greedy(model, turns, GREEDY.max_frames)
+        expected = uncached_greedy(model, conversation.turns, prompt_of(1, text))
         assert torch.equal(conversation.speak(1, text).codes, expected)
+
+
+@pytest.mark.parametrize("acoustic_batch", [1, None])
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_cached_frames_of_the_full_model_equal_uncached_ones_over_several_turns(talk, delay, acoustic_batch):
+    """Chunked acoustics are compared with frame by frame ones too, since nothing uncached is chunked."""
+    model = full_model(acoustic_delay=delay)
+    conversation = talk(LASTING, own=model, acoustic_batch=acoustic_batch)
+    conversation.add_turn(0, "hello you", codes=some_codes(5))
+    lengths = []
+    for speaker, text, gap in ((1, "and you", 0.0), (0, "me too", 0.5), (1, "well", 0.1)):
+        prompt = prompt_of(speaker, text, gap * 12.5)
+        expected = uncached_greedy(model, conversation.turns, prompt, LASTING)
+        assert torch.equal(conversation.speak(speaker, text, gap).codes, expected)
+        lengths.append(len(expected))
+    assert min(lengths) >= LASTING.min_frames
+    assert len({tuple(codes.tolist()) for turn in conversation.turns for codes in turn.codes}) > 5
+    assert_cache_holds_the_turns(conversation)
+
+
+@pytest.mark.parametrize("delay", [2, 3])
+@pytest.mark.parametrize("max_seconds", [0.08, 0.4, 0.96])  # 1, 5 and 12 frames: a last batch may be short
+def test_frames_in_batches_equal_those_one_by_one(talk, tokenizer, delay, max_seconds):
+    sampling = dataclasses.replace(GREEDY, max_seconds=max_seconds, min_seconds=max_seconds / 2)
+    model, spoken = full_model(acoustic_delay=delay), []
+    for acoustic_batch in range(1, delay + 1):
+        conversation = talk(sampling, own=model, acoustic_batch=acoustic_batch)
+        chunks = list(conversation.stream(0, "hello"))
+        spoken.append(conversation.turns[-1].codes)
+        whole = tokenizer.decode(spoken[-1][None])[0].numpy()
+        np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
+    assert len(spoken[0]) >= sampling.min_frames > 0
+    assert all(torch.equal(codes, spoken[0]) for codes in spoken)
+
+
+@pytest.mark.parametrize(("delay", "wrong"), [(0, 2), (1, 2), (3, 4), (3, 0), (3, -1)])
+def test_a_batch_of_frames_that_the_delay_does_not_allow_is_refused(talk, delay, wrong):
+    model = full_model(acoustic_delay=delay)
+    with pytest.raises(ValueError, match=f"acoustic_batch={wrong} must lie between 1 and the model's {max(1, delay)}"):
+        talk(own=model, acoustic_batch=wrong)
 
 
 def test_streamed_audio_equals_the_whole_decoded_at_once(talk, tokenizer):
@@ -61,10 +156,100 @@ def test_streamed_audio_equals_the_whole_decoded_at_once(talk, tokenizer):
     np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("max_text_ids", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("max_seconds", [0.08, 0.32, 0.4, 1.0])
+def test_a_reply_is_what_the_model_holds_likeliest_and_its_rows_are_those_of_training(talk, max_text_ids, max_seconds):
+    """Text and audio in chunks of 3 ids and 4 frames, also when the turn is cut before its text is written."""
+    model = full_model(seed=2)
+    conversation = talk(dataclasses.replace(GREEDY, max_text_ids=max_text_ids, max_seconds=max_seconds), own=model)
+    conversation.add_turn(0, "hello you", codes=some_codes(5))
+    reply = conversation.reply(1, gap_seconds=0.3)
+    turn = conversation.turns[-1]
+    assert turn.order == "joint" and turn.gap == pytest.approx(0.3 * 12.5)
+    assert turn.text_ids[: turn.n_prompt] == turn_prompt(TEXT, 1)
+    assert reply.text == turn_text(TEXT, 1, turn.text_ids)
+    assert 1 <= len(turn.text_ids) - turn.n_prompt <= max_text_ids
+    assert_greedy_without_a_cache(model, conversation.turns)
+    assert_cache_holds_the_turns(conversation)
+
+
+def test_a_reply_does_not_end_before_its_text(talk):
+    """7 ids are written in chunks of 3, before frames 0, 4 and 8."""
+    sampling = dataclasses.replace(GREEDY, max_text_ids=7, max_seconds=2.0)
+    conversation = talk(sampling, own=with_end_of_turn_logit(full_model(), 1e9))
+    reply = conversation.reply(1)
+    assert len(conversation.turns[-1].text_ids) == len(turn_prompt(TEXT, 1)) + 7
+    assert reply.ended and len(reply.codes) == 8
+    assert_cache_holds_the_turns(conversation)
+
+
+@pytest.mark.parametrize("n_frames", [0, 2, 9])
+def test_what_is_heard_is_written_as_the_model_holds_likeliest(talk, n_frames):
+    model = full_model(seed=2)
+    conversation = talk(LASTING, own=model)
+    conversation.add_turn(0, "hello you", codes=some_codes(5))
+    for gap in (0.0, 0.8):
+        text = conversation.listen(1, codes=some_codes(n_frames, seed=1), gap_seconds=gap)
+        turn = conversation.turns[-1]
+        assert turn.order == "listen" and turn.gap == pytest.approx(12.5 * gap)
+        assert text == turn_text(TEXT, 1, turn.text_ids)
+        parts = sequence(model, conversation.turns, Clock())
+        own, targets = slice(-len(parts[-1].tokens), None), parts[-1].targets[:, -1]
+        with torch.no_grad():
+            logits = model.text_logits(model.hidden(concatenate(parts).batch())[0, own])
+        logits[:, TEXT.bos] = -torch.inf
+        drawn = (targets != IGNORE) & (targets != TEXT.eos)
+        assert drawn.sum() >= LASTING.max_text_ids - 1
+        assert torch.equal(logits.argmax(dim=-1)[drawn], targets[drawn])
+    assert_cache_holds_the_turns(conversation)
+
+
+def test_speaking_replying_and_listening_may_alternate(talk):
+    conversation = talk(LASTING, own=full_model(seed=1))
+    conversation.listen(0, codes=some_codes(6))
+    conversation.reply(1)
+    conversation.add_turn(0, "I see", codes=some_codes(7, seed=1), gap_seconds=1.0)
+    conversation.speak(1, "fine")
+    conversation.listen(0, codes=some_codes(3, seed=2))
+    assert [turn.order for turn in conversation.turns] == ["listen", "joint", "speak", "speak", "listen"]
+    assert_cache_holds_the_turns(conversation)
+
+
+def test_text_is_cut_at_max_text_ids_and_never_holds_a_beginning(talk):
+    sampling = Sampling(text_temperature=100, text_top_k=258, max_text_ids=60, max_seconds=0.5)
+    model = full_model(max_positions=2048)
+    lengths = []
+    for seed in range(8):
+        conversation = talk(sampling, seed, own=model)
+        conversation.listen(0, codes=some_codes(4))
+        ids = conversation.turns[-1].text_ids[len(turn_prompt(TEXT, 0)) :]
+        assert ids.index(TEXT.eos) == len(ids) - 1
+        assert TEXT.bos not in ids
+        lengths.append(len(ids))
+    assert max(lengths) == 60
+
+
+@pytest.mark.parametrize("verb", ["reply", "listen"])
+def test_a_model_without_a_text_head_only_speaks(talk, verb):
+    conversation = talk(own=full_model(text_head=False), sampling=LASTING)
+    with pytest.raises(ValueError, match=f"the model cannot {verb}: it was trained with text_head=False"):
+        conversation.reply(0) if verb == "reply" else conversation.listen(0, codes=some_codes(3))
+    assert not conversation.turns and conversation.cache.keys.length == 0
+    conversation.speak(0, "hello")
+    assert_cache_holds_the_turns(conversation)
+
+
 def test_the_same_seed_says_the_same_and_another_does_not(talk):
     replies = [talk(Sampling(max_seconds=1.0), seed).speak(0, "hello").codes for seed in (3, 3, 4)]
     assert torch.equal(replies[0], replies[1])
     assert not torch.equal(replies[0], replies[2])
+
+
+def test_the_same_seed_replies_with_the_same_words_and_voice(talk):
+    sampling = Sampling(max_seconds=1.0, max_text_ids=9)
+    replies = [talk(sampling, seed, own=full_model()).reply(0) for seed in (3, 3, 4)]
+    assert replies[0].text == replies[1].text != replies[2].text
+    assert torch.equal(replies[0].codes, replies[1].codes)
 
 
 def test_a_reply_knows_its_times(talk):
@@ -115,24 +300,57 @@ def test_codes_above_the_codebooks_are_never_drawn(talk):
     assert codes.max() < 16
 
 
-def test_a_caller_who_stops_listening_leaves_a_whole_turn(talk, model):
+@pytest.mark.parametrize("acoustic_batch", [1, 2, 3])
+@pytest.mark.parametrize("n_chunks", [1, 2])
+def test_a_caller_who_stops_listening_leaves_a_whole_turn(talk, acoustic_batch, n_chunks):
+    model = full_model()
+    whole = talk(LASTING, own=model).speak(0, "hello").codes
+    conversation = talk(LASTING, own=model, acoustic_batch=acoustic_batch)
+    stream = conversation.stream(0, "hello")
+    for _ in range(n_chunks):
+        next(stream)
+    stream.close()
+    codes = conversation.turns[-1].codes
+    assert len(codes) == n_chunks * acoustic_batch
+    assert torch.equal(codes, whole[: len(codes)])
+    assert_cache_holds_the_turns(conversation)
+
+
+def test_a_caller_who_stops_listening_to_a_plain_model_leaves_a_whole_turn(talk):
     conversation = talk(Sampling(max_seconds=2.0), seed=1)
     stream = conversation.stream(0, "hello")
     next(stream)
     next(stream)
     stream.close()
     assert len(conversation.turns[-1].codes) == 2
-    rows = concatenate([model.config.layout.turn_rows(turn) for turn in conversation.turns])
-    assert conversation.cache.length == len(rows.tokens)
-    probe = model.config.layout.text_rows([7])
-    again = concatenate([rows, probe])
-    expected = model.hidden(again.tokens[None], again.mask[None])[0, -1]
-    torch.testing.assert_close(conversation._read(probe)[0], expected.detach(), atol=1e-4, rtol=1e-4)
+    assert_cache_holds_the_turns(conversation)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 2])
+def test_a_caller_who_interrupts_a_reply_leaves_a_whole_turn(talk, n_chunks):
+    conversation = talk(dataclasses.replace(LASTING, max_text_ids=50), own=full_model())
+    conversation.add_turn(0, "hello", codes=some_codes(4))
+    stream = conversation.stream(1, None)
+    for _ in range(n_chunks):
+        next(stream)
+    stream.close()
+    turn = conversation.turns[-1]
+    assert len(turn.codes) == 3 * n_chunks and TEXT.eos not in turn.text_ids
+    assert_cache_holds_the_turns(conversation)
+
+
+def test_an_immediate_end_of_a_delayed_model_is_an_empty_turn(talk):
+    conversation = talk(own=with_end_of_turn_logit(full_model(), 1e9))
+    for speaker in (0, 1):
+        with pytest.warns(UserWarning, match="at once"):
+            conversation.speak(speaker, "hello")
+    assert [len(turn.codes) for turn in conversation.turns] == [0, 0]
+    assert_cache_holds_the_turns(conversation)
 
 
 def test_oldest_turns_leave_when_the_context_is_full(talk, model):
     conversation = talk(Sampling(temperature=0, max_seconds=2.0))
-    codes = torch.randint(0, 16, (80, 4), generator=torch.Generator().manual_seed(0))
+    codes = some_codes(80)
     conversation.add_turn(0, "first", codes=codes)
     conversation.add_turn(1, "second", codes=codes)
     with pytest.warns(UserWarning, match="1 oldest turns left the context of 256 positions"):
@@ -140,11 +358,115 @@ def test_oldest_turns_leave_when_the_context_is_full(talk, model):
     kept = list(conversation.turns)
     assert len(kept) == 2
     assert torch.equal(kept[0].codes, codes)
-    reply = conversation.speak(1, "go on")
-    prompt = Turn(encode_turn(ByteTokenizer(), 1, "go on"), None)
+    expected = uncached_greedy(model, kept, prompt_of(1, "go on"), conversation.sampling)
+    assert torch.equal(conversation.speak(1, "go on").codes, expected)
+
+
+def same_memory(one: MemoryState, other: MemoryState) -> bool:
+    pairs = zip((*one.matrices, one.seconds), (*other.matrices, other.seconds), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_memory_stays_as_it_was_when_turns_leave_the_context(talk):
+    """It is the one of a model of the same weights with a window that holds everything, until turns are heard anew."""
+    small, large = talk(own=full_model()), talk(own=full_model(max_positions=2048))
+    for conversation in (small, large):
+        for number in range(2):
+            conversation.add_turn(number, "some words", codes=some_codes(80, number), gap_seconds=0.4)
+    before = small.cache.memory.state
+    assert all(matrix.abs().max() > 1e-3 for matrix in before.matrices)
+    with pytest.warns(UserWarning, match="1 oldest turns left"):
+        small.add_turn(0, "third one", codes=some_codes(80, 2), gap_seconds=0.4)
+    large.add_turn(0, "third one", codes=some_codes(80, 2), gap_seconds=0.4)
+    assert same_memory(small.kept[-1].memory, before)
+    assert same_memory(small.kept[0].memory, large.kept[1].memory)
+    assert not same_memory(small.cache.memory.state, before)
+    assert small.clock == dataclasses.replace(large.clock, position=small.clock.position)
+    assert small.cache.keys.length == small.clock.position < large.clock.position
+
+
+def test_a_turn_after_all_others_left_the_context_is_read_as_in_training(talk):
+    """As a new document of the same conversation, with positions from 0."""
+    model = full_model()
+    conversation = talk(own=model)
+    for number, n_frames in enumerate((80, 70)):
+        conversation.add_turn(number, "some words", codes=some_codes(n_frames, number), gap_seconds=0.4)
+    turns = list(conversation.turns)
+    with pytest.warns(UserWarning, match="2 oldest turns left"):
+        conversation.add_turn(0, "a long one", codes=some_codes(200, 3), gap_seconds=0.4)
+    assert len(conversation.turns) == 1
+    clock = Clock()
+    parts = sequence(model, turns, clock)
+    clock.position = 0
+    parts += sequence(model, conversation.turns, clock)
+    assert conversation.clock == clock
+    clock.begin_turn()
+    parts.append(model.config.layout.text_rows([7], 1, clock))
+    rows = concatenate(parts).batch()
+    rows.documents[rows.turns >= 2] = 1
     with torch.no_grad():
-        expected = uncached_greedy(model, [*kept, prompt], len(reply.codes))
-    assert torch.equal(reply.codes, expected)
+        expected = full_model(max_positions=1024).hidden(rows, rows.allowed())[:, -1]
+        found = conversation._read(parts[-1])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_turns_read_anew_see_the_memory_as_it_was_before_them(talk):
+    """The second turn leaves the same keys and values whether the first left the context before it or after it."""
+    caches = []
+    for forget_first in (True, False):
+        conversation = talk(own=full_model())
+        conversation.add_turn(0, "some words", codes=some_codes(20), gap_seconds=0.4)
+        if forget_first:
+            conversation._forget(1)
+        conversation.add_turn(1, "other words", codes=some_codes(30, 1), gap_seconds=0.4)
+        if not forget_first:
+            conversation._forget(1)
+        assert len(conversation.turns) == 1
+        caches.append(conversation.cache.keys)
+    n = caches[0].length
+    assert n == caches[1].length > 30
+    torch.testing.assert_close(caches[0].keys[..., :n, :], caches[1].keys[..., :n, :], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(caches[0].values[..., :n, :], caches[1].values[..., :n, :], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [full_model, tiny_model])
+def test_a_turn_that_left_the_context_is_remembered_by_a_memory_only(talk, make):
+    states = []
+    for text in ("yes", "no way"):
+        conversation = talk(own=make())
+        conversation.add_turn(0, text, codes=some_codes(80, len(text)))
+        with pytest.warns(UserWarning, match="1 oldest turns left"):
+            conversation.add_turn(1, "a long one", codes=some_codes(200))
+        clock = Clock(position=conversation.clock.position, turn=1, now=conversation.clock.now)
+        clock.begin_turn()
+        states.append(conversation._read(make().config.layout.text_rows([7], 1, clock)))
+    difference = float((states[0] - states[1]).abs().max())
+    assert difference > 1e-3 if make is full_model else difference == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+def test_a_full_conversation_goes_on_and_on(talk):
+    conversation = talk(LASTING, own=full_model(max_positions=128))
+    for number in range(6):
+        conversation.listen(0, codes=some_codes(20, number), gap_seconds=0.3)
+        reply = conversation.reply(1)
+        assert LASTING.min_frames <= len(reply.codes) <= LASTING.max_frames
+        lengths = [conversation.layout.turn_length(len(t.text_ids), len(t.codes)) for t in conversation.turns]
+        assert conversation.cache.keys.length == conversation.clock.position == sum(lengths) <= 128
+    assert conversation.clock.turn == 11
+    assert 0 < len(conversation.turns) < 12
+    assert float(conversation.cache.memory.state.seconds) == pytest.approx(conversation.clock.now / 12.5, abs=0.01)
+
+
+@pytest.mark.parametrize("make", [full_model, tiny_model])
+def test_codes_that_cannot_be_are_refused_and_leave_the_conversation_as_it_was(talk, make):
+    conversation = talk(LASTING, own=make())
+    conversation.add_turn(0, "hello", codes=some_codes(5))
+    for codes in (torch.full((3, 4), 16), torch.zeros(3, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="codes must"):
+            conversation.add_turn(1, "and you", codes=codes, gap_seconds=1.0)
+    assert len(conversation.turns) == 1
+    assert_cache_holds_the_turns(conversation)
 
 
 def test_a_turn_that_can_never_fit_is_refused(talk):
@@ -155,17 +477,20 @@ def test_a_turn_that_can_never_fit_is_refused(talk):
 def test_sampling_follows_temperature_and_top_k():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
-    drawn = draw(logits, Sampling(temperature=1.0, top_k=4), generator).bincount(minlength=4) / 4000
+    drawn = draw(logits, 1.0, 4, generator).bincount(minlength=4) / 4000
     torch.testing.assert_close(drawn, logits[0].softmax(dim=0), atol=0.02, rtol=0)
-    assert set(draw(logits, Sampling(temperature=1.0, top_k=2), generator).tolist()) == {2, 3}
-    assert set(draw(logits, Sampling(temperature=0), generator).tolist()) == {3}
+    assert set(draw(logits, 1.0, 2, generator).tolist()) == {2, 3}
+    assert set(draw(logits, 0, 50, generator).tolist()) == {3}
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"temperature": -1}, "temperature=-1 must be 0 or more"),
+        ({"text_temperature": -1}, "text_temperature=-1 must be 0 or more"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"text_top_k": 0}, "text_top_k=0 must be at least 1"),
+        ({"max_text_ids": 0}, "max_text_ids=0 must be at least 1"),
         ({"min_seconds": 11}, "min_seconds=11 must lie between 0 and max_seconds=10"),
         ({"max_seconds": 0}, "max_seconds=0 must be at least one frame"),
     ],
@@ -177,11 +502,11 @@ def test_impossible_sampling_is_refused(values, message):
 
 def test_a_tokenizer_the_model_does_not_know_is_refused(tokenizer):
     with pytest.raises(ValueError, match="the tokenizer has codebook_size=16, the model 32"):
-        Conversation(tiny_model(codebook_size=32), tokenizer, ByteTokenizer())
+        Conversation(tiny_model(codebook_size=32), tokenizer, TEXT)
     trained_on = tiny_model(audio_tokenizer=tokenizer.fingerprint())
-    Conversation(trained_on, tokenizer, ByteTokenizer())
+    Conversation(trained_on, tokenizer, TEXT)
     with pytest.raises(ValueError, match="trained on codes of another tokenizer"):
-        Conversation(trained_on, tiny_tokenizer(seed=1), ByteTokenizer())
+        Conversation(trained_on, tiny_tokenizer(seed=1), TEXT)
 
 
 def test_recorded_turns_are_encoded_by_the_codec(talk, tokenizer):

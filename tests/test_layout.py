@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files of lower levels. The last level holds the scripts, which nothing imports.
 LEVELS = (
     {"audio", "checkpointing", "command_line", "frames", "muon"},
-    {"run_folder", "text_tokenizer"},
-    {"codec_losses", "rvq_tokenizer", "transformer", "turn_shards"},
+    {"prosody", "run_folder", "text_tokenizer"},
+    {"codec_losses", "conversational_memory", "rvq_tokenizer", "transformer", "turn_shards"},
+    {"cross_attention"},
+    {"model_sizes"},
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
     {"synthetic_voices", "training"},

@@ -10,42 +10,68 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, write_tiny_data
+from conftest import full_config, tiny_config, write_tiny_data
 
 import demo
 import train_minimal
 import training
-from architecture import CSM, load_model, pick_depth_rows
+from architecture import CSM, Terms, load_model, pick_depth_rows
 from checkpointing import load_newest_state, load_state, state_files
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, FolderBusy, only_run_in, run
-from dataset_pipeline import ConversationDataset, TokenCache
+from dataset_pipeline import ConversationDataset, Mixture, TokenCache
+from frames import IGNORE, Rows
+from model_sizes import CSMConfig
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import ByteTokenizer
-from training import TrainConfig, evaluate_losses, gradient_step, lr_at, make_optimizer, micro_batch, train
+from training import (
+    TrainConfig,
+    evaluate_losses,
+    gradient_step,
+    lr_at,
+    make_optimizer,
+    micro_batch,
+    mixture,
+    term_weights,
+    train,
+    weighted_mean,
+)
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 6, "batch_rows": 1, "row_positions": 160, "warmup": 2, "save_every": 2, "eval_every": 3}
 
 
+FULL = full_config(text_per_chunk=10)
+
+
 @pytest.fixture(scope="session")
-def datasets(shared_data, tokenizer):
+def datasets_for(shared_data, tokenizer):
+    """Train and val data for a config, the train data in the mixture of `TrainConfig`."""
     cache = TokenCache(shared_data, tokenizer)
-    layout = tiny_config().layout
-    return [
-        ConversationDataset(shared_data, split, cache, ByteTokenizer(), layout, 160, no_context)
-        for split, no_context in (("train", 0.15), ("val", 0.0))
-    ]
+
+    def make(config: CSMConfig, row_positions: int = SHORT["row_positions"]) -> list[ConversationDataset]:
+        shared = cache, ByteTokenizer(), config.layout, row_positions
+        shown = mixture(TrainConfig(**SHORT), config)
+        return [
+            ConversationDataset(shared_data, split, *shared, own) for split, own in (("train", shown), ("val", None))
+        ]
+
+    return make
 
 
-def new_model(seed: int = 0) -> CSM:
-    torch.manual_seed(seed)
-    return CSM(tiny_config())
+@pytest.fixture(scope="session")
+def datasets(datasets_for):
+    return datasets_for(tiny_config())
 
 
-def train_in(folder, datasets, **changes) -> CSM:
-    model = new_model()
+def new_model(config: CSMConfig | None = None) -> CSM:
+    torch.manual_seed(0)
+    return CSM(config or tiny_config())
+
+
+def train_in(folder, datasets, config: CSMConfig | None = None, **changes) -> CSM:
+    model = new_model(config)
     assert train(model, *datasets, TrainConfig(**{**SHORT, **changes}), folder, {}, CPU) == EXIT_DONE
     return model
 
@@ -55,8 +81,10 @@ def assert_same_weights(one: CSM, other: CSM) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path, datasets, monkeypatch):
-    whole = train_in(tmp_path / "whole", datasets)
+@pytest.mark.parametrize("config", [tiny_config(), FULL], ids=["plain", "full"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, datasets_for, monkeypatch, config):
+    datasets = datasets_for(config)
+    whole = train_in(tmp_path / "whole", datasets, config)
 
     real, calls = training.gradient_step, []
 
@@ -68,12 +96,12 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, datasets, monkeypatch):
 
     monkeypatch.setattr(training, "gradient_step", killed_in_step_5)
     with pytest.raises(SystemExit):
-        train(new_model(), *datasets, TrainConfig(**SHORT), tmp_path / "cut", {}, CPU)
+        train(new_model(config), *datasets, TrainConfig(**SHORT), tmp_path / "cut", {}, CPU)
     monkeypatch.undo()
     assert load_newest_state(tmp_path / "cut")["step"] == 4
 
     torch.manual_seed(99)  # a new process starts elsewhere
-    resumed = train_in(tmp_path / "cut", datasets)
+    resumed = train_in(tmp_path / "cut", datasets, config)
     assert_same_weights(whole, resumed)
     assert_same_weights(load_model(tmp_path / "whole"), load_model(tmp_path / "cut"))
     logs = [read_metrics(tmp_path / name) for name in ("whole", "cut")]
@@ -109,24 +137,41 @@ def test_another_config_does_not_resume_a_run(tmp_path, datasets):
     assert train(new_model(), *datasets, TrainConfig(**{**SHORT, "save_every": 5}), tmp_path, {}, CPU) == EXIT_DONE
 
 
-def test_accumulation_equals_one_big_batch(datasets):
-    config = TrainConfig(**SHORT, depth_share=1.0)
-    micro = [micro_batch(datasets[0], index, config) for index in range(2)]
-    assert micro[0][0].documents.shape != micro[1][0].documents.shape or len(micro[0][1]) != len(micro[1][1])
-    accumulated, whole = new_model(), new_model()
-    losses, norm = gradient_step(accumulated, torch.optim.SGD(accumulated.parameters(), lr=0.1), micro, config, CPU)
+def stacked(batches: list[Rows]) -> Rows:
+    """Batches as one, padded on the right."""
+    L = max(batch.tokens.size(1) for batch in batches)
+    fill = Rows(0, False, IGNORE, 0, -1, -1, -1, 0.0, float("nan"))
+    columns = []
+    for parts, value in zip(zip(*batches, strict=True), fill, strict=True):
+        padded = [torch.cat((x, x.new_full((len(x), L - x.size(1), *x.shape[2:]), value)), dim=1) for x in parts]
+        columns.append(torch.cat(padded))
+    return Rows(*columns)
 
-    rows = [*datasets[0].plan(config.seed, 0)[:2]]
-    batch = datasets[0].collate(rows, seed=None)
-    # the same rows in one batch; speaker numbers are drawn per batch, so take those of the micro-batches
-    for b, (own, _) in enumerate(micro):
-        batch.tokens[b, : own.tokens.size(1)] = own.tokens[0]
+
+@pytest.mark.parametrize("config", [tiny_config(), FULL], ids=["plain", "full"])
+def test_accumulation_equals_one_big_batch(datasets_for, config):
+    train_data = datasets_for(config)[0]
+    c = TrainConfig(**SHORT, depth_share=1.0)
+    micro = [micro_batch(train_data, index, c) for index in range(2)]
+    assert micro[0][0].documents.shape != micro[1][0].documents.shape or len(micro[0][1]) != len(micro[1][1])
+    batch = stacked([rows for rows, _ in micro])
     picked = pick_depth_rows(batch.targets, 1.0, torch.Generator())
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
-    big_losses, big_norm = gradient_step(whole, optimizer, [(batch, picked)], config, CPU)
-    torch.testing.assert_close(losses, big_losses, atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(norm, big_norm)
-    for ours, theirs in zip(accumulated.parameters(), whole.parameters(), strict=True):
+    models, results = [], []
+    for parts in (micro, [(batch, picked)]):
+        models.append(new_model(config))
+        with torch.no_grad():
+            for name, parameter in models[-1].named_parameters():
+                if name.endswith("gate"):
+                    parameter.fill_(0.7)
+        results.append(gradient_step(models[-1], torch.optim.SGD(models[-1].parameters(), lr=0.1), parts, c, CPU))
+    for ours, theirs in zip(*(Terms(*sums) for sums, _, _ in results), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-5)
+    for ours, theirs in zip(*(counts for _, counts, _ in results), strict=True):
+        assert torch.equal(ours, theirs)
+    if config.has_memory:
+        assert all((total > 0).all() for total in results[0][0])  # every term takes part
+    torch.testing.assert_close(results[0][2], results[1][2])
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
@@ -137,7 +182,72 @@ def test_training_lowers_the_held_out_loss(tmp_path, datasets):
     assert after["loss"] < before["loss"] - 0.3
     assert len(after["depth"]) == 3
     assert after["loss"] == pytest.approx(after["c0"] + sum(after["depth"]) / 3)
+    assert after["text"] is None
     assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
+def test_training_of_the_full_model_lowers_speech_and_text_loss_and_logs_every_term(tmp_path, datasets_for):
+    datasets = datasets_for(FULL)
+    before = evaluate_losses(new_model(FULL), datasets[1])
+    model = train_in(tmp_path, datasets, FULL, max_steps=40, lr=3e-3, save_every=40, guidance_steps=20)
+    after = evaluate_losses(model, datasets[1])
+    assert after["loss"] < before["loss"] - 0.3
+    assert after["text"] < before["text"] - 1
+    records = read_metrics(tmp_path)
+    for name in ("text", "memory"):
+        assert all(record[f"train/{name}"] > 0 for record in records)
+    assert [record["step"] for record in records if "train/guidance" in record] == list(range(20))
+    assert records[-1]["val/text"] == pytest.approx(evaluate_losses(model, datasets[1], max_rows=2)["text"])
+    opened = [name for name, p in model.named_parameters() if name.endswith("gate") and p.abs().max() > 0]
+    assert len(opened) == 2 * 3 + 2
+
+
+def test_a_batch_of_the_mixture_without_audio_is_learnt_too(shared_data, tokenizer):
+    cache, c = TokenCache(shared_data, tokenizer), TrainConfig(**SHORT)
+    silent = ConversationDataset(shared_data, "train", cache, ByteTokenizer(), FULL.layout, 160, Mixture(text_only=1.0))
+    model = new_model(FULL)
+    sums, counts, norm = gradient_step(model, make_optimizer(model, c), [micro_batch(silent, 0, c)], c, CPU)
+    assert counts.codebook0 == 0 and sums.codebook0 == 0 and not sums.depth.any()
+    assert sums.text > 0 and norm > 0
+
+
+def test_the_loss_weighs_means_over_targets_and_counts_the_depth_codebooks_once():
+    sums = Terms(*map(torch.tensor, (6.0, [2.0, 4.0, 9.0], 10.0, 8.0, 0.0)))
+    counts = Terms(*map(torch.tensor, (3, [1, 2, 3], 5, 2, 0)))
+    assert weighted_mean(sums, counts, Terms(1.0, 1.0, 0.5, 0.25, 0.1)).item() == pytest.approx(2 + 7 / 3 + 1 + 1 + 0)
+    assert weighted_mean(sums, counts, Terms(0.0, 0.0, 1.0, 0.0, 0.0)).item() == 2
+
+
+def test_attention_guidance_fades_and_terms_without_a_use_weigh_nothing():
+    c = TrainConfig(guidance_weight=2.0, guidance_steps=100, text_weight=0.3, memory_weight=0.2)
+    assert [term_weights(step, c, FULL).guidance for step in (0, 25, 99, 100, 500)] == pytest.approx(
+        [2, 1.5, 0.02, 0, 0]
+    )
+    assert term_weights(0, c, FULL) == Terms(1.0, 1.0, 0.3, 2.0, 0.2)
+    assert term_weights(0, c, tiny_config()) == Terms(1.0, 1.0, 0.0, 0.0, 0.0)
+
+
+def test_a_model_is_shown_only_what_it_has_a_use_for():
+    shares = {"no_context": 0.1, "joint": 0.2, "listen": 0.3, "text_only": 0.4, "evict": 0.5, "one_speaker": 0.6}
+    c = TrainConfig(**shares)
+    assert mixture(c, FULL) == Mixture(**shares)
+    assert mixture(c, tiny_config()) == Mixture(no_context=0.1, one_speaker=0.6)
+    assert mixture(c, tiny_config(text_head=True)) == Mixture(**{**shares, "evict": 0.0})
+    assert mixture(c, tiny_config(prosodic_heads=1)) == Mixture(no_context=0.1, evict=0.5, one_speaker=0.6)
+
+
+def test_half_lives_learn_ten_times_faster_and_decay_with_embeddings_norms_and_gates_never(tmp_path, datasets_for):
+    model = new_model(FULL)
+    groups = make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    found = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or "embedding" in name
+        expected = (0.0, 10.0) if name.endswith("log_half_life") else (0.0, 1.0) if plain else (0.1, 1.0)
+        assert found[id(parameter)] == expected, name
+    train_in(tmp_path, datasets_for(FULL), FULL, max_steps=2)
+    rates = [group["lr"] for group in load_newest_state(tmp_path)["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-2])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(datasets):
@@ -161,10 +271,16 @@ def test_the_rate_warms_up_and_falls_to_its_minimum():
     assert lr_at(100, config) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["max_steps", "grad_accum", "lr", "depth_share"])
+@pytest.mark.parametrize("name", ["max_steps", "grad_accum", "lr", "depth_share", "guidance_steps"])
 def test_impossible_training_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}=0 must be"):
         TrainConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["text_weight", "guidance_weight", "memory_weight", "joint", "evict", "one_speaker"])
+def test_negative_weights_and_shares_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=-0.5 must be"):
+        TrainConfig(**{name: -0.5})
 
 
 @pytest.fixture

@@ -45,6 +45,33 @@ def test_cached_equals_uncached(stack, pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_an_empty_batch_stays_empty(stack):
+    """A micro-batch may hold no frame for the depth decoder."""
+    assert stack(torch.zeros(0, 4, 32), positions(4)).shape == (0, 4, 32)
+
+
+def test_what_is_done_between_blocks_sees_each_output_once_and_replaces_it(stack):
+    x, seen = torch.randn(1, 5, 32), []
+
+    def double_after_the_first(layer, states):
+        seen.append(layer)
+        return 2 * states if layer == 0 else states
+
+    changed = stack(x, positions(5), between=double_after_the_first)
+    assert seen == [0, 1]
+    own = stack(x, positions(5), between=lambda layer, states: states)
+    assert torch.equal(own, stack(x, positions(5)))
+    assert (changed - own).abs().max() > 1e-3
+
+
+def test_positions_need_not_be_whole_but_their_distances_count(stack):
+    x = torch.randn(1, 5, 32)
+    shifted = stack(x, positions(5) + 0.5)
+    torch.testing.assert_close(shifted, stack(x, positions(5)), atol=1e-4, rtol=1e-4)
+    stretched = stack(x, positions(5) * 0.5)
+    assert (stretched - stack(x, positions(5))).abs().max() > 1e-3
+
+
 def test_a_full_cache_refuses_more(stack):
     cache = KVCache(CONFIG, 1, 4, torch.zeros(1))
     with pytest.raises(ValueError, match="the cache holds 4 positions, 5 are needed"):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import full_config, full_model, tiny_config, tiny_model
 from safetensors.torch import save_file
-from test_architecture import conversation_rows, loss_of, transformers_twin
+from test_architecture import conversation_rows, conversation_turns, every_frame, loss_of, transformers_twin
 
 import weight_layouts
-from architecture import load_model, pick_depth_rows, save_model
+from architecture import ADDED, CSMCache, load_model, save_model
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from frames import IGNORE, concatenate, next_frame_targets
-from generation import Sampling, generate_frame
-from transformer import KVCache, TransformerConfig, rope_frequencies
+from frames import IGNORE, Clock, concatenate
+from generation import Sampling, Speaker
+from transformer import TransformerConfig, rope_frequencies
 from weight_layouts import (
     TIED_AUDIO,
     from_sesame,
@@ -74,10 +74,55 @@ def test_a_published_file_gives_the_same_model(tmp_path, csm, layout):
     save_published(csm, tmp_path, layout)
     loaded = load_published(tmp_path, csm.config)
     rows = conversation_rows(csm.config)
-    hidden = [model.hidden(rows.tokens[None], rows.mask[None]) for model in (csm, loaded)]
+    hidden = [model.hidden(rows) for model in (csm, loaded)]
     assert torch.equal(*hidden)
     codes = torch.randint(0, 16, (3, 4))
     assert torch.equal(*(model.depth_logits(hidden[0][0, :3], codes) for model in (csm, loaded)))
+
+
+ADDITIONS = {"cross_attention_every": 1, "semantic_heads": 2, "prosodic_heads": 2, "memory_key": 8, "memory_value": 8}
+
+
+@pytest.mark.parametrize("layout", ["sesame", "transformers"])
+@pytest.mark.parametrize("additions", [ADDITIONS, {**ADDITIONS, "text_head": True, "n_semantic": 2}])
+def test_a_published_file_in_a_model_with_additions_gives_the_same_states_until_they_learn(
+    tmp_path, csm, layout, additions
+):
+    save_published(csm, tmp_path, layout)
+    extended = tiny_config(**CSM_LIKE, **additions)
+    torch.manual_seed(3)
+    loaded = load_published(tmp_path, extended)
+    assert loaded.config == extended
+    rows = conversation_rows(csm.config, 3)
+    with torch.no_grad():
+        assert torch.equal(csm.hidden(rows), loaded.hidden(rows))
+        losses = [model.loss(rows, every_frame(rows)) for model in (csm, loaded)]
+        assert torch.equal(losses[0].codebook0, losses[1].codebook0)
+        assert torch.equal(losses[0].depth, losses[1].depth)
+        added = {name: p for name, p in loaded.named_parameters() if name.startswith(ADDED)}
+        assert all(torch.isfinite(parameter).all() for parameter in added.values())
+        for name, parameter in added.items():
+            if name.endswith("gate"):
+                assert parameter.item() == 0
+                parameter.fill_(5.0)
+        assert not torch.equal(csm.hidden(rows), loaded.hidden(rows))  # the additions are there
+    torch.manual_seed(3)
+    again = load_published(tmp_path, extended)
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in added.items() if not n.endswith("gate"))
+
+
+@pytest.mark.parametrize("layout", ["sesame", "transformers"])
+@pytest.mark.parametrize("name", ["cross_attention_every", "semantic_heads", "prosodic_heads", "acoustic_delay"])
+def test_a_model_with_an_addition_cannot_be_written_in_a_published_layout(tmp_path, layout, name):
+    changes = {"cross_attention_every": 0, "semantic_heads": 0, "prosodic_heads": 0, "acoustic_delay": 0}
+    value = getattr(full_config(), name)
+    model = full_model(**{**changes, name: value})
+    with pytest.raises(ValueError, match=f"{name}={value}: the layout {layout} cannot hold it; write ours"):
+        save_published(model, tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+    save_published(model, tmp_path / "out", "ours")
+    rows = conversation_rows(model.config)
+    assert torch.equal(load_model(tmp_path / "out").hidden(rows), model.hidden(rows))
 
 
 @pytest.mark.parametrize("copies", [TIED_AUDIO[:1], TIED_AUDIO[1:], TIED_AUDIO])
@@ -137,20 +182,19 @@ def test_the_command_converts_ours_to_a_published_layout_and_back(tmp_path, csm,
 
 def twin_inputs(twin, rows) -> torch.Tensor:
     """(1, T, D) inputs of transformers' backbone, by its own tables."""
-    audio = twin.backbone_model.embed_tokens(rows.tokens[None, :, :-1])
-    text = twin.embed_text_tokens(rows.tokens[None, :, -1])
-    return torch.where(rows.mask[None, :, -1:], text, audio)
+    audio = twin.backbone_model.embed_tokens(rows.tokens[..., :-1])
+    text = twin.embed_text_tokens(rows.tokens[..., -1])
+    return torch.where(rows.mask[..., -1:], text, audio)
 
 
 def test_loss_and_gradients_equal_those_of_transformers_csm():
     model = tiny_model(**CSM_LIKE, text_vocab_size=50)
     twin = transformers_twin(model)
     rows = conversation_rows(model.config, n_turns=3)
-    labels = torch.where(rows.mask[None, :, :-1], rows.tokens[None, :, :-1], IGNORE)
+    labels = torch.where(rows.mask[..., :-1], rows.tokens[..., :-1], IGNORE)
     theirs = twin(inputs_embeds=twin_inputs(twin, rows), labels=labels).loss
     theirs.backward()
-    targets = next_frame_targets(rows)[None]
-    ours = loss_of(model, rows, pick_depth_rows(targets, 1.0, torch.Generator())).total()
+    ours = loss_of(model, rows, every_frame(rows))
     ours.backward()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -168,7 +212,10 @@ def test_loss_and_gradients_equal_those_of_transformers_csm():
 def test_fifty_greedy_frames_equal_those_of_transformers_csm(seed):
     model = tiny_model(seed, **{**CSM_LIKE, "n_special_codes": 0}, text_vocab_size=258)
     twin = transformers_twin(model)
-    rows = concatenate([conversation_rows(model.config), model.config.layout.text_rows([256, 72, 105, 257])])
+    layout, clock = model.config.layout, Clock()
+    parts = [layout.turn_rows(turn, clock) for turn in conversation_turns(model.config)]
+    clock.begin_turn()
+    rows = concatenate([*parts, layout.text_rows([256, 72, 105, 257], 1, clock)]).batch()
     with torch.inference_mode():
         expected = []
         embedded = twin_inputs(twin, rows)
@@ -182,12 +229,11 @@ def test_fifty_greedy_frames_equal_those_of_transformers_csm(seed):
             expected.append(frame[0])
             embedded = torch.cat((embedded, twin.backbone_model.embed_tokens(frame[None])), dim=1)
 
-        cache = KVCache(model.config.backbone, 1, model.config.max_positions, embedded)
-        depth_cache = KVCache(model.config.depth, 1, model.config.n_codebooks, embedded)
-        hidden = model.hidden(rows.tokens[None], rows.mask[None], cache=cache)[:, -1]
+        cache = CSMCache(model)
+        speaker = Speaker(model, Sampling(temperature=0), torch.Generator())
+        hidden = model.hidden(rows, cache=cache)[:, -1]
         for frame in expected:
-            codes = generate_frame(model, hidden, depth_cache, Sampling(temperature=0), torch.Generator())
+            codes = speaker.first_codes(hidden)
             assert torch.equal(codes[0], frame)
-            step = model.config.layout.audio_rows(codes)
-            hidden = model.hidden(step.tokens[None], step.mask[None], cache=cache)[:, -1]
+            hidden = model.hidden(layout.audio_row(codes, clock).batch(), cache=cache)[:, -1]
     assert len(set(torch.stack(expected)[:, 1].tolist())) > 1  # the frames differ from one another
