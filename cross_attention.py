@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frames import Rows
-from transformer import FeedForward, TransformerConfig, init_matrices, rope_angles, rope_frequencies, rotate
+from transformer import Attention, FeedForward, TransformerConfig, init_matrices, rope_angles, rope_frequencies, rotate
 
 POOL = 4  # audio rows; a turn's last rows that fill no pool are not pooled
 
@@ -130,16 +130,8 @@ class CrossCache:
         self.waiting: Tensor | None = None  # (B, fewer than POOL, D) normed audio rows that fill no pool yet
 
 
-class Direction(nn.Module):
-    """Grouped-query attention of one stream to the other, on the axis of time."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+class Direction(Attention):
+    """Grouped-query attention of one stream to the other, on the axis of time; the projections of self-attention."""
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, n, heads * d) -> (B, heads, n, d), turned to its times if they are given."""

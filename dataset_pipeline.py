@@ -318,7 +318,7 @@ class ConversationDataset:
         speak order, with all of its context.
         """
         order = random.Random(seed) if seed is not None else None
-        packed = [_in_one_row([self._document(sample, order) for sample in row]) for row in rows]
+        packed = [in_one_row([self._document(sample, order) for sample in row]) for row in rows]
         L = max(len(row.tokens) for row in packed)
         fill = Rows(0, False, IGNORE, 0, -1, -1, -1, 0.0, math.nan)  # of padding
         columns = zip(*packed, strict=True)
@@ -365,7 +365,7 @@ class ConversationDataset:
         return turn._replace(order="joint" if draw < m.text_only + m.listen + m.joint else "speak")
 
 
-def _in_one_row(documents: list[Rows]) -> Rows:
+def in_one_row(documents: list[Rows]) -> Rows:
     """Sequences one after the other, their documents, conversations and turns numbered through."""
     parts, n_documents, n_turns = [], 0, 0
     for conversation, rows in enumerate(documents):

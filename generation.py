@@ -121,6 +121,8 @@ class Speaker:
         """(N, D) backbone states, (N, k) first codes -> (N, stop): codes k..stop-1 from the depth decoder."""
         model, c = self.model, self.model.config
         n, k = codes.shape
+        if k == stop:
+            return codes
         if n not in self._caches:
             self._caches[n] = KVCache(c.depth, n, c.n_codebooks, model.text_embedding.weight)
         cache = self._caches[n]
@@ -155,7 +157,6 @@ class KeptTurn(NamedTuple):
     """A turn in the window, and where the conversation stood before it."""
 
     turn: Turn
-    speaker: int
     clock: Clock
     memory: MemoryState | None
 
@@ -215,7 +216,7 @@ class Conversation:
         self._make_room(self.layout.turn_length(len(ids), len(codes)))
         before = self._before()
         self._read(self.layout.turn_rows(turn, self.clock))
-        self._keep(turn, speaker, before)
+        self._keep(turn, before)
 
     def listen(
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
@@ -232,7 +233,7 @@ class Conversation:
             hidden = self._write_id(turn, hidden)
         self.layout.end_turn(turn, self.clock)
         text = turn_text(self.text_tokenizer, speaker, turn.text_ids)
-        self._keep(turn._replace(prosody=self._prosody(samples, len(text))), speaker, before)
+        self._keep(turn._replace(prosody=self._prosody(samples, len(text))), before)
         return text
 
     def stream(self, speaker: int, text: str | None, gap_seconds: float = 0.0) -> Iterator[np.ndarray]:
@@ -343,14 +344,14 @@ class Conversation:
         n_characters = len(turn_text(self.text_tokenizer, speaker, turn.text_ids))
         turn = turn._replace(codes=codes, prosody=self._prosody(heard, n_characters))
         self.layout.end_turn(turn, self.clock)
-        self._keep(turn, speaker, before)
+        self._keep(turn, before)
 
     def _before(self) -> tuple[Clock, MemoryState | None]:
         return self.clock.copy(), None if self.cache.memory is None else self.cache.memory.state
 
     @torch.inference_mode()
-    def _keep(self, turn: Turn, speaker: int, before: tuple[Clock, MemoryState | None]) -> None:
-        self.kept.append(KeptTurn(turn, speaker, *before))
+    def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None]) -> None:
+        self.kept.append(KeptTurn(turn, *before))
         prosody = torch.full((N_PROSODY,), torch.nan) if turn.prosody is None else turn.prosody
         self.model.end_turn(self.cache, prosody[None].to(self.device))
 

@@ -516,34 +516,54 @@ def main(argv: list[str] | None = None) -> int:
     steps = {"memory": args.memory_steps, "cross": args.cross_steps, "acoustic": args.acoustic_steps}
     if min(steps.values()) < WATCH_EVERY:
         raise ValueError(f"steps={min(steps.values())} must be at least {WATCH_EVERY}, one evaluation")
+    runs = {key: compute for key, compute in all_runs(args.seeds, steps).items() if key.startswith(args.only)}
+    if not runs and args.only != "speed":
+        raise ValueError(f"--only {args.only!r}: no run begins so; use memory, cross, acoustic or speed")
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, float]] = {}
-    for key, compute in tqdm(all_runs(args.seeds, steps).items(), desc="training", unit="run"):
-        if not key.startswith(args.only):
-            continue
+    commits = set()
+    for key, compute in tqdm(runs.items(), desc="training", unit="run", disable=not runs):
         path = args.out / (key.replace("/", "--").replace(" ", "_") + ".json")
         if not path.is_file():
-            write_atomically(path, json.dumps(compute()).encode())
-        results[key] = json.loads(path.read_text(encoding="utf-8"))
+            write_atomically(path, json.dumps({"commit": commit(), "values": compute()}).encode())
+        made_at, results[key] = read_result(path)
+        commits.add(made_at)
     summary = {group: table(results, group) for group in ("memory", "cross", "acoustic")}
     for group, rows in summary.items():
         if rows:
             print_table(group, rows)
     if "speed".startswith(args.only[:5]):
-        seconds = frame_seconds(args.seeds[0])
-        base = seconds["C=0"]
-        summary["speed"] = {
-            name: {
-                "ms per frame": [1000 * statistics.median(values), 1000 * (max(values) - min(values)), len(values)],
-                "times C=0": [statistics.median(b / v for b, v in zip(base, values, strict=True)), 0.0, len(values)],
-            }
-            for name, values in seconds.items()
-        }
-        print_table("speed of nano, medians of rounds", summary["speed"])
+        summary["speed"] = speed_table(args.seeds[0])
+        print_table("speed of nano: median and spread of rounds", summary["speed"])
     if args.json:
-        info = {"commit": commit(), "seeds": args.seeds, "steps": steps, "threads": 1}
+        info = {"commits": sorted(commits), "seeds": args.seeds, "steps": steps, "threads": 1}
         print(json.dumps(info | summary))
     return EXIT_DONE
+
+
+def read_result(path: Path) -> tuple[str, dict[str, float]]:
+    """Commit and values of a finished run. ValueError for a file that this script did not write whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["commit"], content["values"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; delete it, its run will be made again") from error
+
+
+def speed_table(seed: int) -> dict[str, dict[str, list[float]]]:
+    """Time of a frame, and how many times faster than without a delay, in the same round."""
+    seconds = frame_seconds(seed)
+
+    def figures(values: list[float]) -> list[float]:
+        return [statistics.median(values), max(values) - min(values), len(values)]
+
+    return {
+        name: {
+            "ms per frame": figures([1000 * value for value in values]),
+            "times C=0": figures([base / value for base, value in zip(seconds["C=0"], values, strict=True)]),
+        }
+        for name, values in seconds.items()
+    }
 
 
 if __name__ == "__main__":
