@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio import FRAME_RATE, SAMPLE_RATE, read_audio
+from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from frames import IGNORE, Clock, FrameLayout, Rows, Turn, concatenate
 from prosody import prosody_features
-from rvq_tokenizer import RVQTokenizer
 from text_tokenizer import TextTokenizer, encode_turn, shared_prefix, turn_prompt
 from turn_shards import LedgerEntry, TurnRecord, read_ledger, read_turns
 
@@ -93,7 +93,7 @@ class TokenCache:
     A kill loses at most the shard under way. Codes are 16-bit: 100 hours at 32 codebooks take 288 MB.
     """
 
-    def __init__(self, data_dir: Path, tokenizer: RVQTokenizer, device: torch.device | str = "cpu"):
+    def __init__(self, data_dir: Path, tokenizer: AudioTokenizer, device: torch.device | str = "cpu"):
         recipe = f"{tokenizer.fingerprint()} {SAMPLE_RATE} soxr-HQ {TARGET_LUFS} {PEAK_DBFS} {TOKEN_SCHEMA}"
         self.folder = data_dir / "tokens" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class TokenCache:
         return self.folder / f"{entry.source}-{entry.number:05d}-{entry.sha256[:12]}.npz"
 
     def _make(
-        self, data_dir: Path, entry: LedgerEntry, tokenizer: RVQTokenizer, gains: dict[str, float], device: object
+        self, data_dir: Path, entry: LedgerEntry, tokenizer: AudioTokenizer, gains: dict[str, float], device: object
     ) -> None:
         ids, codes, prosody = [], [], []
         for turn in read_turns(data_dir, True, [entry]):

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from architecture import CSM, load_model
 from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
+from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from generation import Conversation, Reply, Sampling
 from run_folder import describe_environment, read_settings
-from rvq_tokenizer import RVQTokenizer, load_tokenizer
+from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
@@ -56,7 +57,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint", type=Path, default=Path("runs/minimal"), help="folder of a trained model" + defaults
     )
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of its tokenizer" + defaults
+        "--tokenizer",
+        type=Path,
+        default=Path("runs/tokenizer"),
+        help="folder of its tokenizer, or kyutai/mimi" + defaults,
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for wav files and summary" + defaults
@@ -109,7 +113,7 @@ def measure(reply: Reply, speaker: int, text: str, path: Path) -> dict:
     return {"speaker": speaker, "text": text, "file": file, **finite, "ended_by_itself": reply.ended}
 
 
-def warm_up(model: CSM, tokenizer: RVQTokenizer) -> None:
+def warm_up(model: CSM, tokenizer: AudioTokenizer) -> None:
     """One short turn, so that the first measured turn does not pay for first calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +123,7 @@ def warm_up(model: CSM, tokenizer: RVQTokenizer) -> None:
         talk.speak(0, "Hello.")
 
 
-def test_mode(args: argparse.Namespace, model: CSM, tokenizer: RVQTokenizer) -> dict[str, list[dict]]:
+def test_mode(args: argparse.Namespace, model: CSM, tokenizer: AudioTokenizer) -> dict[str, list[dict]]:
     """Speak all fixed conversations; rows per conversation."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
     sampling = Sampling(

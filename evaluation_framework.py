@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from architecture import CSM, count_targets, load_model, pick_depth_rows
 from audio import SAMPLE_RATE
+from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
 from dataset_pipeline import Conversation, ConversationDataset, TokenCache, load_clips
 from evaluation_report import (
@@ -46,7 +47,7 @@ from evaluation_report import (
 from generation import Conversation as Dialogue
 from generation import Reply, Sampling, check_tokenizer
 from run_folder import describe_environment, read_metrics
-from rvq_tokenizer import RVQTokenizer, load_tokenizer
+from rvq_tokenizer import load_tokenizer
 from speech_metrics import (
     EVALUATION_PACKAGES,
     METRICS,
@@ -159,21 +160,21 @@ def conversation_of(turn: TurnRecord) -> str:
     return f"{turn.source}/{turn.conv_key}"
 
 
-def depths(tokenizer: RVQTokenizer) -> list[int]:
+def depths(tokenizer: AudioTokenizer) -> list[int]:
     """Prefixes of the codebooks that the depth curve measures; the semantic stack and the whole are among them."""
     K, S = tokenizer.config.n_codebooks, tokenizer.config.n_semantic
     return sorted({k for k in (1, 4, S, S + 1, S + 6, K) if k <= K})
 
 
 @torch.inference_mode()
-def reconstruct(tokenizer: RVQTokenizer, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
+def reconstruct(tokenizer: AudioTokenizer, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
     """(N,) -> what the first k codebooks give back, (N,) each, for every k in `prefixes`."""
     codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])  # (1, T, K)
     return {k: tokenizer.decode(codes[..., :k])[0, : len(samples)].numpy() for k in prefixes}
 
 
 def evaluate_tokenizer(
-    clips: list[Clip], more_clips: list[Clip], tokenizer: RVQTokenizer, tools: Tools, settings: Settings, audio: Path
+    clips: list[Clip], more_clips: list[Clip], tokenizer: AudioTokenizer, tools: Tools, settings: Settings, audio: Path
 ) -> dict:
     """Everything that needs no speech model. Writes the audio of the first clips to `audio`."""
     begin = time.perf_counter()
@@ -253,7 +254,7 @@ def compare_speakers(
 
 
 @torch.inference_mode()
-def codebook_use(clips: list[Clip], tokenizer: RVQTokenizer) -> dict:
+def codebook_use(clips: list[Clip], tokenizer: AudioTokenizer) -> dict:
     """Usage and perplexity of every codebook over the frames of `clips`."""
     V = tokenizer.config.codebook_size
     counts: dict[str, np.ndarray] = {}  # conversation -> (K, V)
@@ -308,7 +309,12 @@ def choose_replies(conversations: list[Conversation], limit: int, seed: int) -> 
 
 
 def speak(
-    model: CSM, tokenizer: RVQTokenizer, dataset: ConversationDataset, conversation: Conversation, index: int, seed: int
+    model: CSM,
+    tokenizer: AudioTokenizer,
+    dataset: ConversationDataset,
+    conversation: Conversation,
+    index: int,
+    seed: int,
 ) -> Reply:
     """The model's version of one turn, after the real turns before it."""
     sampling = Sampling(max_seconds=REPLY_SECONDS)
@@ -323,14 +329,14 @@ def speak(
 
 
 @torch.inference_mode()
-def hear_codes(tokenizer: RVQTokenizer, parts: Sequence[np.ndarray]) -> np.ndarray:
+def hear_codes(tokenizer: AudioTokenizer, parts: Sequence[np.ndarray]) -> np.ndarray:
     """(T, K) codes of some turns -> their audio one after the other, (N,); empty for no turns."""
     waves = [tokenizer.decode(torch.from_numpy(part.astype(np.int64))[None])[0].cpu().numpy() for part in parts]
     return np.concatenate(waves) if waves else np.zeros(0, np.float32)
 
 
 def evaluate_model(
-    model: CSM, tokenizer: RVQTokenizer, dataset: ConversationDataset, tools: Tools, settings: Settings, audio: Path
+    model: CSM, tokenizer: AudioTokenizer, dataset: ConversationDataset, tools: Tools, settings: Settings, audio: Path
 ) -> dict:
     """Losses, and what the model says when it runs freely, beside the real turns through the same tokenizer."""
     begin = time.perf_counter()
@@ -409,7 +415,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXIT_CODES_HELP)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of collect_data.py (default: data)")
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path("runs/tokenizer"), help="trained tokenizer (default: %(default)s)"
+        "--tokenizer",
+        type=Path,
+        default=Path("runs/tokenizer"),
+        help="trained tokenizer, or kyutai/mimi (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -478,7 +487,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     return {**report, "warnings": collect_warnings(report), "note": model_note(report)}
 
 
-def held_out(data: Path, model: CSM, tokenizer: RVQTokenizer) -> ConversationDataset:
+def held_out(data: Path, model: CSM, tokenizer: AudioTokenizer) -> ConversationDataset:
     """The held-out conversations as the model reads them."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
     cache, c = TokenCache(data, tokenizer), model.config

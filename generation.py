@@ -19,11 +19,11 @@ from torch import Tensor
 
 from architecture import CSM, CSMCache
 from audio import FRAME_RATE, SAMPLE_RATE
+from audio_tokenizer import AudioTokenizer
 from conversational_memory import MemoryState
 from frames import N_PROSODY, Clock, Rows, Turn
 from model_sizes import CSMConfig
 from prosody import prosody_features
-from rvq_tokenizer import RVQTokenizer
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, shared_prefix, turn_prompt, turn_text
 from transformer import KVCache
 
@@ -141,7 +141,7 @@ class Speaker:
         return torch.cat(drawn, dim=1)
 
 
-def check_tokenizer(config: CSMConfig, tokenizer: RVQTokenizer) -> None:
+def check_tokenizer(config: CSMConfig, tokenizer: AudioTokenizer) -> None:
     """ValueError unless the model's codes are this tokenizer's."""
     for name in ("n_codebooks", "codebook_size"):
         theirs, ours = getattr(tokenizer.config, name), getattr(config, name)
@@ -172,7 +172,7 @@ class Conversation:
     def __init__(
         self,
         model: CSM,
-        tokenizer: RVQTokenizer,
+        tokenizer: AudioTokenizer,
         text_tokenizer: TextTokenizer,
         *,
         sampling: Sampling | None = None,

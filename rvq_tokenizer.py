@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +25,21 @@ import torch
 import torch.nn.functional as F
 import torchaudio.functional as AF
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
 
-from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
+from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
+from audio_tokenizer import (
+    AudioTokenizer,
+    CodeShape,
+    DecoderStream,
+    EncoderStream,
+    decode_whole,
+    encode_whole,
+    fingerprint,
+)
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, run
+from mimi_tokenizer import is_mimi, load_mimi
+from residual_quantizer import ResidualQuantizer, scale_gradient
 
 KIND = "rvq_tokenizer"
 FFT = 960  # samples, 40 ms
@@ -41,14 +48,13 @@ FINE = FRAME_SAMPLES // HOP  # 8 fine frames per codec frame
 OVERLAP = FFT // HOP - 1  # a fine frame shares samples with the next 3
 DELAY_SAMPLES = FFT - HOP  # the decoder's output lags its codes by 720 samples, 30 ms
 KERNEL = 7  # frames seen by a depthwise convolution
-CHUNK_FRAMES = 250  # whole files pass in chunks of 20 s, so that memory does not grow with their length
 LOG_MEL_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(CodeShape):
     n_codebooks: int = 32
-    n_semantic: int = 10  # the first ones; the others are acoustic
+    n_semantic: int = 10
     codebook_size: int = 512
     codebook_dim: int = 64
     n_mels: int = 100
@@ -63,20 +69,9 @@ class TokenizerConfig:
     codebook_decay: float = 0.98  # of the moving averages that move the codebooks
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
-        if self.n_semantic >= self.n_codebooks:
-            raise ValueError(f"n_semantic={self.n_semantic} must be less than n_codebooks={self.n_codebooks}")
+        super().__post_init__()
         if self.codebook_decay >= 1:
             raise ValueError(f"codebook_decay={self.codebook_decay} must be less than 1")
-
-    @property
-    def n_acoustic_codebooks(self) -> int:
-        return self.n_codebooks - self.n_semantic
-
-    def bits_per_second(self, n_codebooks: int | None = None) -> float:
-        return FRAME_RATE * (n_codebooks or self.n_codebooks) * math.log2(self.codebook_size)
 
 
 PRESETS = {
@@ -176,105 +171,6 @@ class Encoder(nn.Module):
         return self.content_out(content), self.acoustic_out(acoustic), new_state
 
 
-class Quantized(NamedTuple):
-    latents: Tensor  # (B, T, D) straight-through: value of the chosen codes up to the depth, gradient of the input
-    codes: Tensor  # (B, T, K) int64, of all levels whatever the depth
-    commitment: Tensor  # () mean over the levels of the squared distance to the chosen code
-
-
-class ResidualQuantizer(nn.Module):
-    """K nearest-neighbour codebooks, each coding what the ones before left over (SoundStream, arXiv 2107.03312).
-
-    Deviation from `ResidualVQ` of vector_quantize_pytorch, whose levels are used here one by one: one straight-through
-    step on the sum (its own, one per level, multiplies the encoder's gradient by K), no rotation trick, the dead-code
-    threshold relative to the uniform share, and depth dropout per sample with every level learning at every step.
-    """
-
-    DEAD = 0.1  # a code used less than this share of the uniform one is replaced
-
-    def __init__(self, n_levels: int, config: TokenizerConfig):
-        super().__init__()
-        self.levels = nn.ModuleList(
-            VectorQuantize(
-                config.codebook_dim,
-                config.codebook_size,
-                decay=config.codebook_decay,
-                commitment_weight=0.0,
-                rotation_trick=False,
-                route_gradients_to_input=False,
-                threshold_ema_dead_code=self.DEAD,
-            )
-            for _ in range(n_levels)
-        )
-        self.n_codes = config.codebook_size
-
-    def forward(self, x: Tensor, depth: Tensor) -> Quantized:
-        """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            uniform = x.size(0) * x.size(1) / self.n_codes  # tokens per code in this batch, were all used alike
-            residual, total = x, torch.zeros_like(x)
-            codes, commitment = [], []
-            for k, level in enumerate(self.levels):
-                level._codebook.threshold_ema_dead_code = self.DEAD * uniform
-                level._codebook.reset_cluster_size = uniform  # the library would use the threshold itself
-                chosen, index, _ = level(residual.detach())  # (B, T, D), (B, T)
-                commitment.append(F.mse_loss(residual, chosen))
-                residual = residual - chosen
-                total = total + chosen * (depth > k).view(-1, 1, 1)
-                codes.append(index)
-            kept = (depth > 0).view(-1, 1, 1)
-            latents = (x + (total - x).detach()) * kept
-        return Quantized(latents, torch.stack(codes, dim=-1), torch.stack(commitment).mean())
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, K) int64"""
-        residual, codes = x.float(), []
-        for level in self.levels:
-            book = level.codebook  # (V, D)
-            # |x - c|^2 without |x|^2, which is the same for every code
-            index = (book.square().sum(dim=1) - 2 * residual @ book.T).argmin(dim=-1)  # (B, T)
-            residual = residual - book[index]
-            codes.append(index)
-        return torch.stack(codes, dim=-1)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """(B, T, K') codes of the first K' levels -> (B, T, D)"""
-        return sum(level.codebook[codes[..., k]] for k, level in enumerate(self.levels[: codes.size(-1)]))
-
-    @torch.no_grad()
-    def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator) -> None:
-        """k-means, level by level, on (M, D) vectors; `batch_tokens` sets the weight of later batches against it.
-
-        ValueError with fewer than 4 vectors per code: codebooks fitted on fewer collapse.
-        """
-        if len(vectors) < 4 * self.n_codes:
-            raise ValueError(f"{len(vectors)} vectors are too few for {self.n_codes} codes; 4 per code are needed")
-        residual = vectors
-        for level in self.levels:
-            centres, counts = k_means(residual, self.n_codes, generator)
-            weight = counts * (batch_tokens / len(vectors))  # counts as an average batch would give them
-            book = level._codebook
-            book.embed.copy_(centres[None])
-            book.cluster_size.copy_(weight[None])
-            book.embed_avg.copy_((centres * weight[:, None])[None])
-            residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
-
-
-def k_means(vectors: Tensor, n_centres: int, generator: torch.Generator, n_rounds: int = 15) -> tuple[Tensor, Tensor]:
-    """(M, D) -> centres (n_centres, D) and how many vectors each has (n_centres,). An empty centre is drawn anew."""
-    order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
-    centres = vectors[order[:n_centres]]
-    for _ in range(n_rounds):
-        nearest = torch.cdist(vectors, centres).argmin(dim=1)  # (M,)
-        counts = torch.bincount(nearest, minlength=n_centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        drawn = vectors[torch.randint(len(vectors), (n_centres,), generator=generator).to(vectors.device)]
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], drawn)
-    counts = torch.bincount(torch.cdist(vectors, centres).argmin(dim=1), minlength=n_centres)
-    return centres, counts.to(vectors.dtype)
-
-
 class DecoderState(NamedTuple):
     coarse: Tensor  # (n_coarse, B, KERNEL - 1, d_branch)
     fine: Tensor  # (n_fine, B, KERNEL - 1, d_decoder)
@@ -342,12 +238,15 @@ class Reconstruction(NamedTuple):
 class RVQTokenizer(nn.Module):
     """The codec. `forward` and `autoencode` are for training, `encode` and `decode` and the streams for use."""
 
+    delay_samples = DELAY_SAMPLES
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.semantic = ResidualQuantizer(config.n_semantic, config)
-        self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, config)
+        books = {"dim": config.codebook_dim, "n_codes": config.codebook_size, "decay": config.codebook_decay}
+        self.semantic = ResidualQuantizer(config.n_semantic, **books)
+        self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, **books)
         self.semantic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
         self.acoustic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
         self.decoder = Decoder(config)
@@ -367,42 +266,33 @@ class RVQTokenizer(nn.Module):
         wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed), mixed.device))
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
-    def autoencode(self, wave: Tensor, acoustic_depth: Tensor) -> Tensor:
-        """Without quantisation: (B, N) -> (B, N). Samples with `acoustic_depth` (B,) of 0 use the content alone."""
+    def autoencode(self, wave: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0) -> Tensor:
+        """Without quantisation: (B, N) -> (B, N). Samples with `acoustic_depth` (B,) of 0 use the content alone.
+
+        The gradient of the reconstruction reaches the content branch times `content_gradient`.
+        """
         content, acoustic = self.latents(wave)
+        content = scale_gradient(content, content_gradient)
         return self.synthesize(content, acoustic * (acoustic_depth > 0).view(-1, 1, 1))
 
-    def forward(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Reconstruction:
+    def forward(
+        self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0
+    ) -> Reconstruction:
         """(B, T * FRAME_SAMPLES) and the codebooks each sample keeps (B,) -> reconstruction through the quantisers."""
         content, acoustic = self.latents(wave)
-        semantic = self.semantic(content, semantic_depth)
+        semantic = self.semantic(scale_gradient(content, content_gradient), semantic_depth)
         detail = self.acoustic(acoustic, acoustic_depth)
         codes = torch.cat([semantic.codes, detail.codes], dim=-1)
         commitment = (semantic.commitment + detail.commitment) / 2
         return Reconstruction(self.synthesize(semantic.latents, detail.latents), codes, commitment)
 
-    @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """(B, N) float samples -> codes (B, ceil(N / FRAME_SAMPLES), K) int64; the end is padded with zeros.
+        """See `AudioTokenizer.encode`."""
+        return encode_whole(self, wave)
 
-        ValueError: another shape or type, no samples, or samples that are not finite.
-        """
-        check_wave(wave)
-        if wave.size(1) == 0:
-            raise ValueError("audio holds no samples")
-        stream = self.encoder_stream(len(wave))
-        chunks = wave.split(CHUNK_FRAMES * FRAME_SAMPLES, dim=1)
-        return torch.cat([*(stream.push(chunk) for chunk in chunks), stream.flush()], dim=1)
-
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, T, K') codes of the first K' <= K codebooks -> (B, T * FRAME_SAMPLES). K' = n_semantic drops the detail.
-
-        ValueError: another shape or type, no frames, too many codebooks, or codes out of range.
-        """
-        stream = self.decoder_stream(len(codes))
-        parts = [stream.push(chunk) for chunk in codes.split(CHUNK_FRAMES, dim=1)]
-        return torch.cat([*parts, stream.flush()], dim=1)[:, DELAY_SAMPLES:]
+        """See `AudioTokenizer.decode`."""
+        return decode_whole(self, codes)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, T, K') -> the decoder's input (B, T, codebook_dim)."""
@@ -419,104 +309,38 @@ class RVQTokenizer(nn.Module):
         return DecoderStream(self, batch_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and weights: codes of two tokenizers mean the same only if it is equal."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.config, self)
 
+    def encoder_state(self, batch_size: int) -> EncoderState:
+        return self.encoder.initial_state(batch_size, self.device)
 
-class EncoderStream:
-    """Codes of a waveform that arrives in pieces of any length; equal to `encode` of the whole.
+    def encode_frames(self, wave: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
+        """(B, T * FRAME_SAMPLES) -> (B, T, K) and the new state."""
+        content, acoustic, state = self.encoder(wave, state)
+        return torch.cat([self.semantic.encode(content), self.acoustic.encode(acoustic)], dim=-1), state
 
-    Keeps less than one frame of samples and a few frames per layer, however long the stream.
-    """
+    def decoder_state(self, batch_size: int) -> DecoderState:
+        return self.decoder.initial_state(batch_size, self.device)
 
-    def __init__(self, tokenizer: RVQTokenizer, batch_size: int):
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.reset()
+    def decode_frames(self, codes: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """(B, T, K') -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the new state."""
+        return self.decoder(self.lookup(codes), state)
 
-    def reset(self) -> None:
-        self.state = self.tokenizer.encoder.initial_state(self.batch_size, self.tokenizer.device)
-        self.waiting = torch.zeros(self.batch_size, 0, device=self.tokenizer.device)  # samples of an unfinished frame
-
-    @torch.no_grad()
-    def push(self, wave: Tensor) -> Tensor:
-        """(B, N) -> (B, n, K): the n frames these samples complete; the rest waits. ValueError as for `encode`."""
-        check_wave(wave)
-        if len(wave) != self.batch_size:
-            raise ValueError(f"the stream was opened for {self.batch_size} waveforms, got {len(wave)}")
-        samples = torch.cat([self.waiting, wave.to(self.waiting)], dim=1)
-        whole = samples.size(1) // FRAME_SAMPLES * FRAME_SAMPLES
-        self.waiting = samples[:, whole:]
-        if whole == 0:
-            return torch.zeros(len(wave), 0, self.tokenizer.config.n_codebooks, dtype=torch.int64, device=wave.device)
-        content, acoustic, self.state = self.tokenizer.encoder(samples[:, :whole], self.state)
-        return torch.cat([self.tokenizer.semantic.encode(content), self.tokenizer.acoustic.encode(acoustic)], dim=-1)
-
-    def flush(self) -> Tensor:
-        """The last, unfinished frame, padded with zeros: (B, 0 or 1, K); then the stream is as new."""
-        missing = -self.waiting.size(1) % FRAME_SAMPLES
-        codes = self.push(self.waiting.new_zeros(self.batch_size, missing))
-        self.reset()
-        return codes
-
-
-class DecoderStream:
-    """Waveform of codes that arrive frame by frame, `delay_samples` late; equal to `decode` of the whole.
-
-    All pushes and the flush together are `delay_samples` of lead-in and then what `decode` returns.
-    """
-
-    delay_samples = DELAY_SAMPLES
-
-    def __init__(self, tokenizer: RVQTokenizer, batch_size: int):
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.reset()
-
-    def reset(self) -> None:
-        self.state = self.tokenizer.decoder.initial_state(self.batch_size, self.tokenizer.device)
-
-    @torch.no_grad()
-    def push(self, codes: Tensor) -> Tensor:
-        """(B, n, K') -> (B, n * FRAME_SAMPLES). ValueError as for `decode`."""
-        check_codes(codes, self.tokenizer.config)
-        if len(codes) != self.batch_size:
-            raise ValueError(f"the stream was opened for {self.batch_size} sequences, got {len(codes)}")
-        wave, self.state = self.tokenizer.decoder(self.tokenizer.lookup(codes.to(self.tokenizer.device)), self.state)
-        return wave
-
-    def flush(self) -> Tensor:
-        """The last (B, delay_samples); then the stream is as new."""
-        wave = self.tokenizer.decoder.finish(self.state)
-        self.reset()
-        return wave
-
-
-def check_wave(wave: Tensor) -> None:
-    if wave.ndim != 2 or not wave.is_floating_point():
-        raise ValueError(f"audio must be float samples of shape (B, N), got {wave.dtype} {tuple(wave.shape)}")
-    if not torch.isfinite(wave).all():
-        raise ValueError("audio holds samples that are not finite")
-
-
-def check_codes(codes: Tensor, config: TokenizerConfig) -> None:
-    if codes.ndim != 3 or codes.dtype != torch.int64 or not 1 <= codes.size(2) <= config.n_codebooks:
-        expected = f"int64 (B, T, 1..{config.n_codebooks})"
-        raise ValueError(f"codes must be {expected}, got {codes.dtype} {tuple(codes.shape)}")
-    if codes.numel() == 0:
-        raise ValueError(f"codes hold no frames: {tuple(codes.shape)}")
-    if not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
-        found = f"{int(codes.min())}..{int(codes.max())}"
-        raise ValueError(f"codes must lie in [0, {config.codebook_size}), got {found}")
+    def decode_end(self, state: DecoderState) -> Tensor:
+        return self.decoder.finish(state)
 
 
 def save_tokenizer(tokenizer: RVQTokenizer, folder: Path) -> None:
     save_weights(folder, KIND, dataclasses.asdict(tokenizer.config), tokenizer.state_dict())
 
 
-def load_tokenizer(folder: Path, device: str = "cpu") -> RVQTokenizer:
-    """A tokenizer written by `save_tokenizer`, ready for use. ValueError or FileNotFoundError if there is none."""
+def load_tokenizer(folder: Path | str, device: str = "cpu") -> AudioTokenizer:
+    """A tokenizer written by `save_tokenizer`, or Mimi by its hub name or from its folder; ready for use.
+
+    ValueError or FileNotFoundError if there is none.
+    """
+    if is_mimi(folder):
+        return load_mimi(folder).to(device)
     config, tensors = load_weights(Path(folder), KIND, "python train_tokenizer.py")
     try:
         tokenizer = RVQTokenizer(TokenizerConfig(**config))
@@ -526,22 +350,15 @@ def load_tokenizer(folder: Path, device: str = "cpu") -> RVQTokenizer:
     return tokenizer.to(device).eval()
 
 
-def codebook_use(codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """(..., K) codes -> share of codes in use (K,) and perplexity (K,), exp of the entropy in nats."""
-    flat = codes.reshape(-1, codes.size(-1))  # (M, K)
-    counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in flat.unbind(dim=1)]).double()
-    share = counts / counts.sum(dim=1, keepdim=True)  # (K, V)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
-    return (counts > 0).double().mean(dim=1), entropy.exp()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Encode an audio file to codes and decode them again.", epilog=EXIT_CODES_HELP
     )
     parser.add_argument("input", type=Path, help="wav, flac, ogg or mp3; any rate, channels are averaged")
     parser.add_argument("output", type=Path, help="wav to write, 24 kHz, 16 bit")
-    parser.add_argument("--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of a trained tokenizer")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of a trained tokenizer, or kyutai/mimi"
+    )
     parser.add_argument("--codebooks", type=int, default=None, help="decode only the first N (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     args = parser.parse_args(argv)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from architecture import CSM
+from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from dataset_pipeline import ConversationDataset, TokenCache
 from model_sizes import preset
 from run_folder import read_metrics
-from rvq_tokenizer import RVQTokenizer, load_tokenizer
+from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
 from training import TrainConfig, choose_bf16, mixture, train
 
@@ -26,7 +27,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     defaults = " (default: %(default)s)"
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of collect_data.py" + defaults)
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of train_tokenizer.py" + defaults
+        "--tokenizer",
+        type=Path,
+        default=Path("runs/tokenizer"),
+        help="folder of train_tokenizer.py, or kyutai/mimi" + defaults,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/minimal"), help="folder of this run" + defaults)
     parser.add_argument("--max_steps", type=int, default=TrainConfig.max_steps, help="optimizer steps" + defaults)
@@ -36,7 +40,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_model(tokenizer: RVQTokenizer, seed: int) -> CSM:
+def build_model(tokenizer: AudioTokenizer, seed: int) -> CSM:
     """A `nano` model with random weights that fits the tokenizer; the same seed gives the same weights."""
     c = tokenizer.config
     config = preset(

@@ -19,21 +19,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16, write_wav
+from audio import FRAME_SAMPLES, SAMPLE_RATE, write_wav
 from checkpointing import load_newest_state, random_state, restore_random_state, save_state, write_atomically
+from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_prefixes
 from codec_losses import SpectralDistance
 from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
 from dataset_pipeline import load_clips
 from muon import Muon
+from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
-from rvq_tokenizer import PRESETS, RVQTokenizer, codebook_use, save_tokenizer
+from rvq_tokenizer import PRESETS, RVQTokenizer, save_tokenizer
+from semantic_supervision import SemanticHeads
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
 MIN_SECONDS = 30  # of training audio
@@ -53,6 +55,9 @@ class TrainConfig:
     lr: float = 2e-3
     warmup: int = 50
     ema_decay: float = 0.998
+    ctc_weight: float = 0.0
+    speaker_weight: float = 0.1
+    content_gradient: float = 1.0
     eval_every: int = 200
     save_every: int = 250
     precision: str = "auto"
@@ -69,6 +74,9 @@ class TrainConfig:
         for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("ctc_weight", "speaker_weight", "content_gradient"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
         if self.crop_frames < 4:
@@ -88,48 +96,15 @@ HELP = {
     "lr": "highest learning rate",
     "warmup": "steps until the learning rate is reached",
     "ema_decay": "of the weight average that is evaluated and exported",
+    "ctc_weight": "of the characters that the semantic codebooks must tell, every second step; 0 = not asked",
+    "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
+    "content_gradient": "the reconstruction's gradient into the content branch is multiplied by it",
     "eval_every": "steps between evaluations on held-out clips",
     "save_every": "steps between state files",
     "precision": "fp32, bf16, or auto: the faster one, measured once at the start",
     "threads": "CPU threads, or 0: one or all cores, whichever is faster, measured once at the start",
     "seed": "of the weights, the crops and the depths",
 }
-
-
-class Depths(NamedTuple):
-    semantic: Tensor  # (B,) semantic codebooks each sample keeps, at least 1
-    acoustic: Tensor  # (B,) acoustic codebooks each sample keeps, 0 for the semantic stack alone
-
-
-class Crops:
-    """All clips of a split in memory as 16-bit samples; every batch is a function of seed and step alone."""
-
-    def __init__(self, clips: list[np.ndarray]):
-        self.clips = [to_pcm16(clip) for clip in clips]
-        lengths = np.array([len(clip) for clip in self.clips], dtype=np.float64)
-        self.share = lengths / lengths.sum()
-        self.seconds = float(lengths.sum()) / SAMPLE_RATE
-
-    def batch(self, seed: int, step: int, batch_size: int, n_samples: int) -> Tensor:
-        """(B, n_samples): clips by their length, a random place in each, levels varied by -8 to +2 dB."""
-        random = np.random.default_rng([seed, step])
-        wave = np.zeros((batch_size, n_samples), dtype=np.float32)
-        for row, index in zip(wave, random.choice(len(self.clips), batch_size, p=self.share), strict=True):
-            clip = self.clips[index]
-            start = random.integers(max(1, len(clip) - n_samples + 1))
-            piece = clip[start : start + n_samples]
-            row[: len(piece)] = piece / 32768 * 10 ** (random.uniform(-8, 2) / 20)
-        return torch.from_numpy(wave).clamp(-1, 1)
-
-
-def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
-    """Nested depth dropout: acoustic 50 % full, 10 % none, else any; semantic 90 % full, else any."""
-    random = np.random.default_rng([seed, step, 1])
-    lot, any_acoustic = random.random(batch_size), random.integers(1, n_acoustic, batch_size)
-    acoustic = np.where(lot < 0.5, n_acoustic, np.where(lot < 0.6, 0, any_acoustic))
-    any_semantic = random.integers(1, n_semantic + 1, batch_size)
-    semantic = np.where(random.random(batch_size) < 0.9, n_semantic, any_semantic)
-    return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
 
 
 def lr_at(step: int, c: TrainConfig) -> float:
@@ -152,11 +127,14 @@ class Run:
     optimizers: tuple[torch.optim.Optimizer, ...]
     distance: SpectralDistance
     device: torch.device
+    utterances: Utterances | None = None  # what the heads learn from; None: no semantic supervision
+    heads: SemanticHeads | None = None
     step: int = 0
 
     def state(self) -> dict:
         return {
             "model": self.model.state_dict(),
+            "heads": {} if self.heads is None else self.heads.state_dict(),
             "average": dict(self.average.named_parameters()),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": random_state(),
@@ -164,6 +142,8 @@ class Run:
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
+        if self.heads is not None:
+            self.heads.load_state_dict(state["heads"])
         self.average.load_state_dict(state["average"], strict=False)
         for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(content)
@@ -183,16 +163,31 @@ class Run:
         return self.average.eval()
 
 
-def build_run(config: TrainConfig, crops: Crops, held_out: list[Tensor], device: torch.device) -> Run:
+def build_run(
+    config: TrainConfig,
+    crops: Crops,
+    held_out: list[Tensor],
+    device: torch.device,
+    utterances: Utterances | None = None,
+) -> Run:
     torch.manual_seed(config.seed)
     model = RVQTokenizer(PRESETS[config.preset]).to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     held_out = [clip.to(device) for clip in held_out]
-    optimizers = make_optimizers(model, config)
-    return Run(config, crops, held_out, model, average, optimizers, SpectralDistance().to(device), device)
+    heads = None
+    if config.ctc_weight:
+        if utterances is None or not utterances.items:
+            raise ValueError("ctc_weight: no training clip has a text that fits its length; collect some, or give 0")
+        shape = (model.config.codebook_dim, len(utterances.alphabet), len(utterances.speakers))
+        heads = SemanticHeads(*shape).to(device)
+    optimizers = make_optimizers(model, config, heads)
+    distance = SpectralDistance().to(device)
+    return Run(config, crops, held_out, model, average, optimizers, distance, device, utterances, heads)
 
 
-def make_optimizers(model: RVQTokenizer, c: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+def make_optimizers(
+    model: RVQTokenizer, c: TrainConfig, heads: SemanticHeads | None
+) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices between hidden layers, AdamW for all else (first and last layers, norms, convolutions).
 
     After 250 steps of the continuous autoencoder Muon is where AdamW alone is after 2,000; a step costs 2.5 times as
@@ -204,6 +199,7 @@ def make_optimizers(model: RVQTokenizer, c: TrainConfig) -> tuple[torch.optim.Op
         if p.ndim == 2 and not name.endswith(("head.weight", "lift.weight"))
     }
     others = [p for name, p in model.named_parameters() if name not in matrices]
+    others += [] if heads is None else heads.parameters()
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     return (
         torch.optim.AdamW(others, lr=c.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True),
@@ -215,15 +211,33 @@ def loss_terms(run: Run, wave: Tensor, depths: Depths, quantised: bool) -> dict[
     """Weighted loss and its parts. The last 30 ms are left out: there the decoder lacks the frames to come."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         if quantised:
-            estimate, _, commitment = run.model(wave, *depths)
+            estimate, _, commitment = run.model(wave, *depths, run.config.content_gradient)
         else:
-            estimate, commitment = run.model.autoencode(wave, depths.acoustic), wave.new_zeros(())
+            estimate = run.model.autoencode(wave, depths.acoustic, run.config.content_gradient)
+            commitment = wave.new_zeros(())
     end = wave.size(1) - run.model.decoder_stream(1).delay_samples
     mel, magnitude = run.distance(estimate[:, :end], wave[:, :end])
     # magnitudes of speech are about 0.01: at this weight the strong harmonics count as much as the logarithms, which
     # see all bands alike; with a weight of 2, STOI was 4 points lower after 250 steps
     loss = 4 * mel + 800 * magnitude + 0.25 * commitment
     return {"loss": loss, "mel": mel, "magnitude": magnitude, "commitment": commitment}
+
+
+def semantic_terms(run: Run, quantised: bool) -> dict[str, Tensor]:
+    """What the heads read from the content latents of whole utterances; the first codebooks must do for some.
+
+    The reversed speaker gradient grows with the steps: words first.
+    """
+    c, model = run.config, run.model
+    batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, c.batch_size)))
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+        latents = model.latents(batch.wave)[0]
+        if quantised:
+            prefixes = draw_prefixes(c.seed, run.step, c.batch_size, model.config.n_semantic)
+            latents = model.semantic(latents, prefixes.to(run.device)).latents
+        reversal = c.speaker_weight * run.step / c.max_steps
+        characters, speaker = run.heads(latents.float(), batch, reversal)
+    return {"loss": c.ctc_weight * characters + speaker, "characters": characters, "speaker": speaker}
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -238,6 +252,10 @@ def train_step(run: Run) -> dict[str, float]:
     depths = Depths(*(depth.to(run.device) for depth in depths))
     terms = loss_terms(run, wave, depths, step >= c.first_quantised_step)
     terms["loss"].backward()
+    if run.heads is not None and step % 2 == 0:
+        semantic = semantic_terms(run, step >= c.first_quantised_step)
+        semantic.pop("loss").backward()
+        terms |= semantic
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), 5.0)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"step {step}: gradient norm is {norm.item()}; stopped before the update")
@@ -407,10 +425,11 @@ def report(out: Path) -> None:
     print(f"tokenizer in {out}, samples to hear in {out / 'samples'}, TensorBoard log in {out / 'tensorboard'}")
 
 
-def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor]]:
-    """Training crops and held-out clips. ValueError if there is too little."""
+def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
+    """Training crops, held-out clips and training utterances. ValueError if there is too little."""
     remedy = f"collect more: python collect_data.py --sources synthetic --target_hours 0.5 --out {data}"
-    clips = [samples for _, samples in load_clips(data, "train", seed=seed)]
+    transcribed = [(turn.speaker_id, turn.text, samples) for turn, samples in load_clips(data, "train", seed=seed)]
+    clips = [samples for _, _, samples in transcribed]
     seconds = sum(map(len, clips)) / SAMPLE_RATE
     if seconds < MIN_SECONDS:
         raise ValueError(f"{data} holds {seconds:.0f} s of training audio, {MIN_SECONDS} s are needed; {remedy}")
@@ -418,7 +437,7 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor]]:
     held_out = [torch.from_numpy(samples)[None] for _, samples in chosen if len(samples) >= SAMPLE_RATE // 2]
     if not held_out:
         raise ValueError(f"{data} holds no held-out (val) clip of half a second or more; {remedy}")
-    return Crops(clips), held_out
+    return Crops(clips), held_out, Utterances(transcribed)
 
 
 def pick_device(name: str) -> torch.device:
@@ -438,11 +457,11 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device) -> 
         print(f"{out} holds a tokenizer trained for all {config.max_steps} steps; nothing to do")
         report(out)
         return EXIT_DONE
-    crops, held_out = load_audio(data, config.seed)
-    run = build_run(config, crops, held_out, device)
+    crops, held_out, utterances = load_audio(data, config.seed)
+    run = build_run(config, crops, held_out, device, utterances)
     precision, threads = fastest(run)
     run.config = dataclasses.replace(config, precision=precision, threads=threads)
-    run.optimizers = make_optimizers(run.model, run.config)
+    run.optimizers = make_optimizers(run.model, run.config, run.heads)
     state = load_newest_state(out)
     if state is not None:
         run.restore(state)

@@ -485,14 +485,14 @@ def table(results: dict[str, dict[str, float]], group: str) -> dict[str, dict[st
 
 def print_table(title: str, rows: dict[str, dict[str, list[float]]], digits: int = 2) -> None:
     columns = list(dict.fromkeys(column for values in rows.values() for column in values))
-    print(f"\n{title}: mean over seeds (highest - lowest)")
-    print(f"{'':44}" + "".join(f"{column:>22}" for column in columns))
+    print(f"\n{title}")
+    print(f"{'':52}" + "".join(f"{column:>22}" for column in columns))
     for name, values in rows.items():
         cells = []
         for column in columns:
             mean, spread, n = values.get(column, [float("nan")] * 3)
             cells.append(f"{mean:.{digits}f} ({spread:.{digits}f})" if n == n and n else "-")
-        print(f"{name:44}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{name:52}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def commit() -> str:
@@ -531,10 +531,10 @@ def main(argv: list[str] | None = None) -> int:
     summary = {group: table(results, group) for group in ("memory", "cross", "acoustic")}
     for group, rows in summary.items():
         if rows:
-            print_table(group, rows)
+            print_table(f"{group}: mean over seeds (highest - lowest)", rows)
     if "speed".startswith(args.only[:5]):
         summary["speed"] = speed_table(args.seeds[0])
-        print_table("speed of nano: median and spread of rounds", summary["speed"])
+        print_table("speed of nano: median over rounds (highest - lowest)", summary["speed"])
     if args.json:
         info = {"commits": sorted(commits), "seeds": args.seeds, "steps": steps, "threads": 1}
         print(json.dumps(info | summary))

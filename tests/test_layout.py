@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files of lower levels. The last level holds the scripts, which nothing imports.
 LEVELS = (
     {"audio", "checkpointing", "command_line", "frames", "muon"},
-    {"prosody", "run_folder", "text_tokenizer"},
-    {"codec_losses", "conversational_memory", "rvq_tokenizer", "transformer", "turn_shards"},
-    {"cross_attention"},
+    {"audio_tokenizer", "codec_batches", "prosody", "residual_quantizer", "run_folder", "text_tokenizer"},
+    {"codec_losses", "conversational_memory", "mimi_tokenizer", "semantic_supervision", "transformer", "turn_shards"},
+    {"cross_attention", "rvq_tokenizer"},
     {"model_sizes"},
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},

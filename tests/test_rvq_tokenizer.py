@@ -1,4 +1,4 @@
-"""Properties of the codec: causality, streaming, prefixes of codebooks, quantiser rules, refusals, files, command."""
+"""Properties of the codec: causality, streaming, prefixes of codebooks, refusals, files, command."""
 
 import dataclasses
 import itertools
@@ -7,18 +7,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_tokenizer, voice
 
+import audio_tokenizer
 import rvq_tokenizer
 from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
 from command_line import EXIT_INPUT, run
 from rvq_tokenizer import (
     DELAY_SAMPLES,
     PRESETS,
-    ResidualQuantizer,
     RVQTokenizer,
     TokenizerConfig,
-    codebook_use,
-    k_means,
     load_tokenizer,
     save_tokenizer,
 )
@@ -157,115 +156,9 @@ def test_a_file_longer_than_a_chunk_equals_one_pass(tokenizer, monkeypatch):
     wave = speechlike(1, 25, extra=10)
     codes = tokenizer.encode(wave)
     decoded = tokenizer.decode(codes)
-    monkeypatch.setattr(rvq_tokenizer, "CHUNK_FRAMES", 4)
+    monkeypatch.setattr(audio_tokenizer, "CHUNK_FRAMES", 4)
     assert torch.equal(tokenizer.encode(wave), codes)
     assert torch.allclose(tokenizer.decode(codes), decoded, atol=1e-5)
-
-
-# quantiser
-
-
-def quantizer(n_levels: int = 6) -> tuple[ResidualQuantizer, torch.Tensor]:
-    torch.manual_seed(1)
-    stack = ResidualQuantizer(n_levels, CONFIG)
-    vectors = torch.randn(400, CONFIG.codebook_dim)
-    stack.fit(vectors, 64, torch.Generator().manual_seed(0))
-    return stack, vectors.view(4, 100, -1)
-
-
-def test_gradient_passes_the_quantiser_with_gain_one():
-    stack, x = quantizer()
-    x = x.clone().requires_grad_()
-    out = stack(x, torch.full((4,), 6))
-    direction = torch.randn_like(x)
-    (out.latents * direction).sum().backward()
-    assert torch.allclose(x.grad, direction)
-
-
-def test_commitment_of_every_level_reaches_the_input():
-    stack, x = quantizer()
-    stack.eval()  # training would move the codebooks that the expectation is computed from
-    left = [x - total for total in prefix_sums(stack, stack.encode(x))]
-    x = x.clone().requires_grad_()
-    stack(x, torch.full((4,), 6)).commitment.backward()
-    # each level sees the input minus constants, so its gradient is 2 / numel times what it leaves over
-    expected = sum(2 * rest / rest.numel() for rest in left) / len(left)
-    assert left[-1].abs().max() > 0 and torch.allclose(x.grad, expected, atol=1e-9)
-
-
-def prefix_sums(stack: ResidualQuantizer, codes: torch.Tensor) -> list[torch.Tensor]:
-    return [stack.decode(codes[..., : k + 1]) for k in range(codes.size(-1))]
-
-
-def test_each_level_reduces_the_error_after_fitting():
-    stack, x = quantizer()
-    codes = stack.encode(x)
-    errors = [(x - total).square().mean().item() for total in prefix_sums(stack, codes)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
-
-
-def test_depth_is_per_sample_and_zero_gives_nothing():
-    stack, x = quantizer()
-    stack.eval()
-    out = stack(x, torch.tensor([0, 1, 3, 6]))
-    assert out.latents[0].abs().max() == 0
-    for row, depth in ((1, 1), (2, 3), (3, 6)):
-        assert torch.allclose(out.latents[row], stack.decode(out.codes[row : row + 1, :, :depth])[0], atol=1e-5)
-
-
-def test_every_level_learns_even_when_no_sample_keeps_it():
-    stack, x = quantizer()
-    before = [level.codebook.clone() for level in stack.levels]
-    stack.train()
-    stack(x + 0.5, torch.ones(4, dtype=torch.int64))
-    assert all(not torch.equal(level.codebook, book) for level, book in zip(stack.levels, before, strict=True))
-
-
-def test_evaluation_leaves_the_codebooks_alone():
-    stack, x = quantizer()
-    before = [level.codebook.clone() for level in stack.levels]
-    stack.eval()(x, torch.full((4,), 6))
-    assert all(torch.equal(level.codebook, book) for level, book in zip(stack.levels, before, strict=True))
-
-
-def test_dead_codes_come_back_and_used_ones_stay():
-    stack, x = quantizer(1)
-    book = stack.levels[0]._codebook
-    book.embed[0, 0] = book.embed_avg[0, 0] = 100.0  # no vector is near it
-    stack.train()
-    kept = book.embed[0, 1:].clone()
-    for _ in range(250):  # its moving average falls below a tenth of the uniform share
-        stack(x, torch.ones(4, dtype=torch.int64))
-    assert book.embed[0, 0].abs().max() < 10
-    assert (book.embed[0, 1:] - kept).abs().mean() < 0.5
-    assert codebook_use(stack.encode(x), CONFIG.codebook_size)[0].item() == 1.0
-
-
-def test_quantiser_stays_in_float32_under_autocast():
-    stack, x = quantizer()
-    stack.eval()
-    plain = stack(x, torch.full((4,), 6))
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = stack(x, torch.full((4,), 6))
-    assert inside.latents.dtype == torch.float32 and torch.equal(inside.codes, plain.codes)
-
-
-def test_fitting_refuses_too_few_vectors():
-    with pytest.raises(ValueError, match="too few for 16 codes"):
-        ResidualQuantizer(1, CONFIG).fit(torch.randn(63, CONFIG.codebook_dim), 8, torch.Generator())
-
-
-def test_k_means_finds_separate_clusters():
-    centres = 10 * torch.eye(4)
-    vectors = (centres[:, None] + 0.1 * torch.randn(4, 50, 4)).flatten(0, 1)
-    found, counts = k_means(vectors, 16, torch.Generator().manual_seed(0))
-    assert torch.cdist(centres, found).min(dim=1).values.max() < 0.5 and counts.sum() == 200
-
-
-def test_codebook_use_counts_codes_and_entropy():
-    codes = torch.stack([torch.arange(16), torch.arange(16) % 4, torch.zeros(16, dtype=torch.int64)], dim=1)
-    usage, perplexity = codebook_use(codes, 16)
-    assert usage.tolist() == [1.0, 0.25, 0.0625] and perplexity.tolist() == pytest.approx([16, 4, 1])
 
 
 # refusals
@@ -395,3 +288,19 @@ def test_command_refuses_bad_input_in_one_line(tokenizer, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_reconstructions_gradient_into_the_content_branch_is_scaled(quantised):
+    wave = torch.from_numpy(voice(0.32, 110, rate=24_000))[None]
+    depth = torch.ones(1, dtype=torch.int64)
+    gradients = []
+    for scale in (1.0, 0.1):
+        tokenizer = tiny_tokenizer()
+        out = tokenizer(wave, depth, depth, scale).wave if quantised else tokenizer.autoencode(wave, depth, scale)
+        out.square().sum().backward()
+        encoder = tokenizer.encoder
+        gradients.append((encoder.to_content.weight.grad, encoder.to_acoustic.weight.grad))
+    torch.testing.assert_close(0.1 * gradients[0][0], gradients[1][0])
+    assert gradients[1][0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0][1], gradients[1][1])

@@ -18,6 +18,7 @@ from conftest import voice, write_tiny_data
 import train_tokenizer
 from audio import FRAME_SAMPLES, read_audio
 from checkpointing import load_newest_state, load_state, state_files
+from codec_batches import Utterances
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
@@ -201,6 +202,28 @@ def test_loss_falls_in_both_stages():
         trained.step += 1
     assert np.mean(losses[30:40]) < 0.8 * np.mean(losses[:5])
     assert np.mean(losses[70:]) < 0.95 * np.mean(losses[40:50])
+
+
+SUPERVISED = {"ctc_weight": 1.0, "content_gradient": 0.1}
+
+
+def test_stopped_run_with_semantic_supervision_goes_on_to_the_same_weights(whole, shared_data, tmp_path, monkeypatch):
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    assert run(main, arguments(shared_data, through, **SUPERVISED)) == EXIT_DONE
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, signal.SIGTERM)
+        assert run(main, arguments(shared_data, cut, **SUPERVISED)) == EXIT_SIGTERM
+    assert run(main, arguments(shared_data, cut, **SUPERVISED)) == EXIT_DONE
+    assert weights(cut) == weights(through) != weights(whole)
+    told = [record["train/characters"] for record in read_metrics(cut) if "train/characters" in record]
+    assert len(told) == STEPS / 2 and np.isfinite(told).all()
+
+
+def test_semantic_supervision_without_texts_is_refused():
+    config = TrainConfig(preset="debug", ctc_weight=1.0)
+    for utterances in (None, Utterances([("s", "far too long a text", voice(0.4, 110, rate=24_000))])):
+        with pytest.raises(ValueError, match="no training clip has a text that fits its length"):
+            build_run(config, crops(), [], torch.device("cpu"), utterances)
 
 
 def test_gradient_that_is_not_finite_stops_before_the_update():

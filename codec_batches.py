@@ -1,0 +1,128 @@
+"""What the audio tokenizer is trained on, batch by batch; every batch is a function of seed and step alone.
+
+Letters: B batch, N samples, T frames, U characters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16
+
+SPREAD = 4  # sub-frames that characters are aligned with, of a frame; 20 ms each
+LONGEST_SECONDS = 6.0  # of an utterance that is used for its text
+SPEEDS = (0.85, 1.18)  # pitch, formants and rate of half of the utterances are changed together
+MASKED = 0.2  # share of an utterance's frames that are silenced, in spans
+SPAN_FRAMES = 2
+
+
+class Depths(NamedTuple):
+    semantic: Tensor  # (B,) semantic codebooks each sample keeps, at least 1
+    acoustic: Tensor  # (B,) acoustic codebooks each sample keeps, 0 for the semantic stack alone
+
+
+class Crops:
+    """All clips of a split in memory as 16-bit samples; every batch is a function of seed and step alone."""
+
+    def __init__(self, clips: list[np.ndarray]):
+        self.clips = [to_pcm16(clip) for clip in clips]
+        lengths = np.array([len(clip) for clip in self.clips], dtype=np.float64)
+        self.share = lengths / lengths.sum()
+        self.seconds = float(lengths.sum()) / SAMPLE_RATE
+
+    def batch(self, seed: int, step: int, batch_size: int, n_samples: int) -> Tensor:
+        """(B, n_samples): clips by their length, a random place in each, levels varied by -8 to +2 dB."""
+        random = np.random.default_rng([seed, step])
+        wave = np.zeros((batch_size, n_samples), dtype=np.float32)
+        for row, index in zip(wave, random.choice(len(self.clips), batch_size, p=self.share), strict=True):
+            clip = self.clips[index]
+            start = random.integers(max(1, len(clip) - n_samples + 1))
+            piece = clip[start : start + n_samples]
+            row[: len(piece)] = piece / 32768 * 10 ** (random.uniform(-8, 2) / 20)
+        return torch.from_numpy(wave).clamp(-1, 1)
+
+
+def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
+    """Nested depth dropout: acoustic 50 % full, 10 % none, else any; semantic 90 % full, else any."""
+    random = np.random.default_rng([seed, step, 1])
+    lot, any_acoustic = random.random(batch_size), random.integers(1, n_acoustic, batch_size)
+    acoustic = np.where(lot < 0.5, n_acoustic, np.where(lot < 0.6, 0, any_acoustic))
+    any_semantic = random.integers(1, n_semantic + 1, batch_size)
+    semantic = np.where(random.random(batch_size) < 0.9, n_semantic, any_semantic)
+    return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
+
+
+class Transcribed(NamedTuple):
+    """An utterance for the heads."""
+
+    pcm: np.ndarray  # (N,) int16
+    characters: np.ndarray  # (U,) ids from 1; 0 is CTC's blank
+    speaker: int
+
+
+class SemanticBatch(NamedTuple):
+    wave: Tensor  # (B, T * FRAME_SAMPLES)
+    n_frames: Tensor  # (B,)
+    characters: Tensor  # (sum of U,) ids of all texts one after the other
+    n_characters: Tensor  # (B,)
+    speakers: Tensor  # (B,)
+
+
+class Utterances:
+    """Transcribed clips of a split; every batch is a function of seed and step alone."""
+
+    def __init__(self, clips: list[tuple[str, str, np.ndarray]]):
+        """(speaker, text, samples) of each clip. Too long ones and those with too little time for their text are left
+        out; `alphabet` holds the letters that occur."""
+        self.alphabet = sorted({c for _, text, _ in clips for c in text.casefold() if c.isalpha() or c in " '"})
+        self.speakers = sorted({speaker for speaker, _, _ in clips})
+        ids = {character: i for i, character in enumerate(self.alphabet, start=1)}
+        self.items: list[Transcribed] = []
+        for speaker, text, samples in clips:
+            letters = np.array([ids[c] for c in text.casefold() if c in ids], dtype=np.int64)
+            repeats = int((letters[1:] == letters[:-1]).sum())
+            room = SPREAD * len(samples) / FRAME_SAMPLES / SPEEDS[1]
+            if 0 < len(letters) + repeats <= room and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
+                self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker)))
+
+    def batch(self, seed: int, step: int, batch_size: int) -> SemanticBatch:
+        """Random utterances, half of them at another speed, a fifth of their frames silent."""
+        random = np.random.default_rng([seed, step, 2])
+        chosen = [self.items[i] for i in random.integers(len(self.items), size=batch_size)]
+        waves = [_masked(_at_other_speed(item.pcm / np.float32(32768), random), random) for item in chosen]
+        n_frames = np.array([-(-len(wave) // FRAME_SAMPLES) for wave in waves])
+        padded = np.zeros((batch_size, n_frames.max() * FRAME_SAMPLES), dtype=np.float32)
+        for row, wave in zip(padded, waves, strict=True):
+            row[: len(wave)] = wave * 10 ** (random.uniform(-8, 2) / 20)
+        return SemanticBatch(
+            torch.from_numpy(padded).clamp(-1, 1),
+            torch.from_numpy(n_frames),
+            torch.from_numpy(np.concatenate([item.characters for item in chosen])),
+            torch.tensor([len(item.characters) for item in chosen]),
+            torch.tensor([item.speaker for item in chosen]),
+        )
+
+
+def _at_other_speed(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    speed = random.uniform(*SPEEDS) if random.random() < 0.5 else 1.0
+    places = np.arange(0, len(samples) - 1, speed)
+    return np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
+
+
+def _masked(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    n_frames = len(samples) // FRAME_SAMPLES
+    for start in random.integers(max(1, n_frames), size=round(MASKED * n_frames / SPAN_FRAMES)):
+        samples[start * FRAME_SAMPLES : (start + SPAN_FRAMES) * FRAME_SAMPLES] = 0
+    return samples
+
+
+def draw_prefixes(seed: int, step: int, batch_size: int, n_semantic: int) -> Tensor:
+    """(B,) how many semantic codebooks the heads see: 1 in 20 %, all in 50 %, else any between, so that words come
+    first."""
+    random = np.random.default_rng([seed, step, 3])
+    lot, between = random.random(batch_size), random.integers(1, n_semantic + 1, batch_size)
+    return torch.from_numpy(np.where(lot < 0.2, 1, np.where(lot < 0.7, n_semantic, between)))

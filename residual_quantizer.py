@@ -1,0 +1,139 @@
+"""Residual vector quantiser: a stack of nearest-neighbour codebooks that learn as moving averages.
+
+Knows nothing of audio. Dims: B batch, T frames, K levels, V codes per codebook, D width, M vectors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+
+class Quantized(NamedTuple):
+    latents: Tensor  # (B, T, D) straight-through: value of the chosen codes up to the depth, gradient of the input
+    codes: Tensor  # (B, T, K) int64, of all levels whatever the depth
+    commitment: Tensor  # () mean over the levels of the squared distance to the chosen code
+
+
+class ResidualQuantizer(nn.Module):
+    """K nearest-neighbour codebooks, each coding what the ones before left over (SoundStream, arXiv 2107.03312).
+
+    Deviation from `ResidualVQ` of vector_quantize_pytorch, whose levels are used here one by one: one straight-through
+    step on the sum (its own, one per level, multiplies the encoder's gradient by K), no rotation trick, the dead-code
+    threshold relative to the uniform share, and depth dropout per sample with every level learning at every step.
+    """
+
+    DEAD = 0.1  # a code used less than this share of the uniform one is replaced
+
+    def __init__(self, n_levels: int, *, dim: int, n_codes: int, decay: float):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            VectorQuantize(
+                dim,
+                n_codes,
+                decay=decay,
+                commitment_weight=0.0,
+                rotation_trick=False,
+                route_gradients_to_input=False,
+                threshold_ema_dead_code=self.DEAD,
+            )
+            for _ in range(n_levels)
+        )
+        self.n_codes = n_codes
+
+    def forward(self, x: Tensor, depth: Tensor) -> Quantized:
+        """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            uniform = x.size(0) * x.size(1) / self.n_codes  # tokens per code in this batch, were all used alike
+            residual, total = x, torch.zeros_like(x)
+            codes, commitment = [], []
+            for k, level in enumerate(self.levels):
+                level._codebook.threshold_ema_dead_code = self.DEAD * uniform
+                level._codebook.reset_cluster_size = uniform  # the library would use the threshold itself
+                chosen, index, _ = level(residual.detach())  # (B, T, D), (B, T)
+                commitment.append(F.mse_loss(residual, chosen))
+                residual = residual - chosen
+                total = total + chosen * (depth > k).view(-1, 1, 1)
+                codes.append(index)
+            kept = (depth > 0).view(-1, 1, 1)
+            latents = (x + (total - x).detach()) * kept
+        return Quantized(latents, torch.stack(codes, dim=-1), torch.stack(commitment).mean())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, K) int64"""
+        residual, codes = x.float(), []
+        for level in self.levels:
+            book = level.codebook  # (V, D)
+            # |x - c|^2 without |x|^2, which is the same for every code
+            index = (book.square().sum(dim=1) - 2 * residual @ book.T).argmin(dim=-1)  # (B, T)
+            residual = residual - book[index]
+            codes.append(index)
+        return torch.stack(codes, dim=-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, T, K') codes of the first K' levels -> (B, T, D)"""
+        return sum(level.codebook[codes[..., k]] for k, level in enumerate(self.levels[: codes.size(-1)]))
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator) -> None:
+        """k-means, level by level, on (M, D) vectors; `batch_tokens` sets the weight of later batches against it.
+
+        ValueError with fewer than 4 vectors per code: codebooks fitted on fewer collapse.
+        """
+        if len(vectors) < 4 * self.n_codes:
+            raise ValueError(f"{len(vectors)} vectors are too few for {self.n_codes} codes; 4 per code are needed")
+        residual = vectors
+        for level in self.levels:
+            centres, counts = k_means(residual, self.n_codes, generator)
+            weight = counts * (batch_tokens / len(vectors))  # counts as an average batch would give them
+            book = level._codebook
+            book.embed.copy_(centres[None])
+            book.cluster_size.copy_(weight[None])
+            book.embed_avg.copy_((centres * weight[:, None])[None])
+            residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
+
+
+def k_means(vectors: Tensor, n_centres: int, generator: torch.Generator, n_rounds: int = 15) -> tuple[Tensor, Tensor]:
+    """(M, D) -> centres (n_centres, D) and how many vectors each has (n_centres,). An empty centre is drawn anew."""
+    order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+    centres = vectors[order[:n_centres]]
+    for _ in range(n_rounds):
+        nearest = torch.cdist(vectors, centres).argmin(dim=1)  # (M,)
+        counts = torch.bincount(nearest, minlength=n_centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        drawn = vectors[torch.randint(len(vectors), (n_centres,), generator=generator).to(vectors.device)]
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], drawn)
+    counts = torch.bincount(torch.cdist(vectors, centres).argmin(dim=1), minlength=n_centres)
+    return centres, counts.to(vectors.dtype)
+
+
+def codebook_use(codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """(..., K) codes -> share of codes in use (K,) and perplexity (K,), exp of the entropy in nats."""
+    flat = codes.reshape(-1, codes.size(-1))  # (M, K)
+    counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in flat.unbind(dim=1)]).double()
+    share = counts / counts.sum(dim=1, keepdim=True)  # (K, V)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
+    return (counts > 0).double().mean(dim=1), entropy.exp()
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.scale * gradient, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x, its gradient times `scale`; negative values reverse it."""
+    return _ScaledGradient.apply(x, scale)

@@ -1,0 +1,118 @@
+"""Heads of the semantic codebooks: batches, reversal, and that characters are learnt from latents."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import voice
+
+from audio import FRAME_SAMPLES, SAMPLE_RATE
+from codec_batches import SPREAD, SemanticBatch, Utterances, draw_prefixes
+from residual_quantizer import scale_gradient
+from semantic_supervision import SemanticHeads
+
+
+def clips(n: int = 6) -> list[tuple[str, str, np.ndarray]]:
+    return [(f"s{i % 2}", f"Hello number {i}!", voice(1.5 + 0.1 * i, 100 + 10 * i, SAMPLE_RATE)) for i in range(n)]
+
+
+def test_texts_become_the_letters_that_occur():
+    utterances = Utterances([("s", "Čau, it's 3 o'clock!", voice(3.0, 100, SAMPLE_RATE))])
+    letters = "".join(utterances.alphabet[i - 1] for i in utterances.items[0].characters)
+    assert letters == "čau it's  o'clock"
+
+
+def test_utterances_that_ctc_cannot_align_or_that_are_too_long_are_left_out():
+    fits = ("s", "a b c", voice(1.0, 100, SAMPLE_RATE))
+    hasty = ("s", "far too many words for the time", voice(0.4, 100, SAMPLE_RATE))
+    long = ("s", "slow", voice(7.0, 100, SAMPLE_RATE))
+    wordless = ("s", "...", voice(1.0, 100, SAMPLE_RATE))
+    assert len(Utterances([fits, hasty, long, wordless]).items) == 1
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    one, again, other = (Utterances(clips()).batch(0, step, 4) for step in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert one.wave.shape != other.wave.shape or not torch.equal(one.wave, other.wave)
+
+
+def test_every_text_of_a_batch_has_time_to_be_aligned():
+    utterances = Utterances(clips())
+    for step in range(20):
+        batch = utterances.batch(0, step, 8)
+        assert batch.wave.shape == (8, int(batch.n_frames.max()) * FRAME_SAMPLES)
+        assert batch.wave.abs().max() <= 1
+        assert (SPREAD * batch.n_frames >= batch.n_characters).all()
+        assert len(batch.characters) == batch.n_characters.sum()
+
+
+def test_some_frames_are_silent_and_speeds_differ():
+    utterances = Utterances([("s", "a b", np.full(2 * SAMPLE_RATE, 0.5, dtype=np.float32))])
+    batches = [utterances.batch(0, step, 1) for step in range(60)]
+    silent = np.mean([(batch.wave[0, : int(batch.n_frames) * 1900] == 0).float().mean() for batch in batches])
+    assert 0.1 < silent < 0.25
+    assert len({int(batch.n_frames) for batch in batches}) > 5
+
+
+def test_prefixes_reach_from_one_codebook_to_all():
+    prefixes = torch.cat([draw_prefixes(0, step, 8, 10) for step in range(300)])
+    assert set(prefixes.tolist()) == set(range(1, 11))
+    share = prefixes.bincount(minlength=11) / len(prefixes)
+    assert share[10] == pytest.approx(0.53, abs=0.04)
+    assert share[1] == pytest.approx(0.23, abs=0.04)
+
+
+@pytest.mark.parametrize("scale", [0.1, -0.5])
+def test_a_gradient_is_scaled_and_the_value_is_not(scale):
+    x = torch.randn(5, requires_grad=True)
+    y = scale_gradient(x, scale)
+    assert torch.equal(x, y)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((5,), scale))
+
+
+def spoken_letters(n: int, generator: torch.Generator) -> tuple[torch.Tensor, SemanticBatch]:
+    """Latents that tell the text: 3 frames of one of 4 vectors for every letter; and the speaker, by an offset."""
+    letters = torch.randint(0, 4, (n, 5), generator=generator)
+    speakers = torch.randint(0, 2, (n,), generator=generator)
+    latents = torch.eye(8)[letters].repeat_interleave(3, dim=1)  # (B, T, D)
+    latents[..., 7] += speakers[:, None]
+    frames, characters = torch.full((n,), 15), torch.full((n,), 5)
+    wave = torch.zeros(n, 15 * FRAME_SAMPLES)
+    return latents, SemanticBatch(wave, frames, (letters + 1).flatten(), characters, speakers)
+
+
+def test_characters_and_speakers_are_learnt_from_latents_that_tell_them():
+    torch.manual_seed(0)
+    heads = SemanticHeads(8, n_characters=4, n_speakers=2, width=32)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        nats, speaker = heads(*spoken_letters(16, generator), reversal=0.1)
+        optimizer.zero_grad()
+        (nats + speaker).backward()
+        optimizer.step()
+    assert nats < 0.2
+    assert speaker < 0.1
+
+
+def test_the_speaker_is_taken_out_of_the_latents_and_the_words_are_not():
+    """Latents that learn against the heads' gradient: the reversed part makes speakers harder to tell."""
+    torch.manual_seed(0)
+    heads = SemanticHeads(8, 4, 2, width=32)
+    latents, batch = spoken_letters(8, torch.Generator().manual_seed(1))
+    latents.requires_grad_()
+    _, speaker = heads(latents, batch, reversal=1.0)
+    (against,) = torch.autograd.grad(speaker, latents)
+    latents.grad = None
+    _, speaker = heads(latents, batch, reversal=-1.0)
+    (along,) = torch.autograd.grad(speaker, latents)
+    torch.testing.assert_close(against, -along)
+    assert against.abs().sum() > 0
+
+
+def test_padding_frames_do_not_count():
+    heads = SemanticHeads(8, 4, 2, width=32).eval()
+    latents, batch = spoken_letters(2, torch.Generator().manual_seed(0))
+    speaker = heads(latents, batch, 0.1)[1]
+    padded = torch.cat((latents, 5 * torch.ones(2, 4, 8)), dim=1)
+    torch.testing.assert_close(heads(padded, batch, 0.1)[1], speaker)
