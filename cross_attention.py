@@ -173,7 +173,10 @@ class Direction(Attention):
 
 
 class VoiceTextCrossAttention(nn.Module):
-    """y = h + tanh(a) Attention + tanh(b) FeedForward, a for each direction; a = b = 0 at first: an exact no-op."""
+    """y = h + tanh(a) Attention + tanh(b) FeedForward, a for each direction; a = b = 0 at first: an exact no-op.
+
+    Initialisation: matrices normal with std 0.02, gates and the pool's query 0, norms 1.
+    """
 
     def __init__(self, config: TransformerConfig, d_ff: int):
         super().__init__()
