@@ -27,6 +27,7 @@ from tqdm import tqdm
 from architecture import CSM, count_targets, load_model, pick_depth_rows
 from audio import SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
+from codec_gates import Coded, as_values, check_gates, codebook_use, draw_gates, print_gates
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
 from dataset_pipeline import Conversation, ConversationDataset, TokenCache, load_clips
 from evaluation_report import (
@@ -58,10 +59,8 @@ from speech_metrics import (
     SpeakerEncoder,
     Tally,
     bootstrap,
-    code_histograms,
     count_errors,
     log_mel_distance,
-    perplexity_figures,
     pesq_wb,
     stoi,
 )
@@ -73,6 +72,7 @@ FORMAT = 1  # of the report and its parts; a part of another format is measured 
 CHECKPOINT = Path("runs/minimal")
 PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
+MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
 REPLY_SECONDS = 8.0  # a generated turn is cut there
 PAIRED = {"log_mel_l1": log_mel_distance, "stoi": stoi, "pesq_wb": pesq_wb}
@@ -174,9 +174,14 @@ def reconstruct(tokenizer: AudioTokenizer, samples: np.ndarray, prefixes: Sequen
 
 
 def evaluate_tokenizer(
-    clips: list[Clip], more_clips: list[Clip], tokenizer: AudioTokenizer, tools: Tools, settings: Settings, audio: Path
+    clips: list[Clip],
+    more_clips: list[Clip],
+    tokenizer: AudioTokenizer,
+    tools: Tools,
+    settings: Settings,
+    audio: Path | None,
 ) -> dict:
-    """Everything that needs no speech model. Writes the audio of the first clips to `audio`."""
+    """Everything that needs no speech model. Writes the audio of the first clips to `audio`, if given."""
     begin = time.perf_counter()
     K, S = tokenizer.config.n_codebooks, tokenizer.config.n_semantic
     tally, by_depth = Tally(), Tally()
@@ -190,7 +195,7 @@ def evaluate_tokenizer(
                 by_depth.add(metric, str(k), conversation_of(turn), measure, samples, copy)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "style": turn.style, "text": turn.text}
         rows.append({**row, "seconds": len(samples) / SAMPLE_RATE})
-        if index < PLAYERS:
+        if audio is not None and index < PLAYERS:
             rows[-1]["audio"] = save_audio(audio, f"clip-{index:02d}", waves[-1])
     conversations = [conversation_of(turn) for turn, _ in clips]
     if tools.recognizer is not None:
@@ -205,7 +210,7 @@ def evaluate_tokenizer(
         "bits_per_second": tokenizer.config.bits_per_second(),
         "figures": {**copies, **plain(tally.figures(settings.seed))},
         "depth": curve,
-        "use": codebook_use(more_clips, tokenizer),
+        "use": codebook_use(encode_clips(more_clips, tokenizer), tokenizer.config.codebook_size),
         "clips": rows,
         "seconds": time.perf_counter() - begin,
     }
@@ -254,21 +259,38 @@ def compare_speakers(
 
 
 @torch.inference_mode()
-def codebook_use(clips: list[Clip], tokenizer: AudioTokenizer) -> dict:
-    """Usage and perplexity of every codebook over the frames of `clips`."""
-    V = tokenizer.config.codebook_size
-    counts: dict[str, np.ndarray] = {}  # conversation -> (K, V)
-    for turn, samples in tqdm(clips, desc="counting codes", unit="clip"):
+def encode_clips(clips: list[Clip], tokenizer: AudioTokenizer) -> list[Coded]:
+    """Clips with their codes, for counts of codes and for the gates."""
+    coded = []
+    for turn, samples in tqdm(clips, desc="encoding", unit="clip"):
         codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])[0].numpy()  # (T, K)
-        name = conversation_of(turn)
-        counts[name] = counts.get(name, 0) + code_histograms(codes, V)
-    total = sum(counts.values())
+        coded.append(Coded(conversation_of(turn), turn.speaker_id, turn.text, samples, codes))
+    return coded
+
+
+def measure_gates(args: argparse.Namespace, settings: Settings) -> dict:
+    """Whether the tokenizer passes the gates of `codec_gates.py`; the pictures go to `--out`."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    limit = CLIPS_FOR_CODES * settings.max_clips
+    held_out = [clip for split in ("val", "test") for clip in load_clips(args.data, split, limit, settings.seed)]
+    chosen = random.Random(settings.seed).sample(range(len(held_out)), min(settings.max_clips, len(held_out)))
+    tools = Tools(settings.asr, args.threads)
+    coded = encode_clips(held_out, tokenizer)
+    clips = [held_out[i] for i in chosen]
+    fit = encode_clips(load_clips(args.data, "train", min(4 * limit, MOST_FITTED), settings.seed), tokenizer)
+    part = evaluate_tokenizer(clips, clips, tokenizer, tools, settings, None)
+    part["use"] = codebook_use(coded, tokenizer.config.codebook_size)
+    own = (tools.recognizer, tools.encoder, tools.missing)
+    gates = check_gates(part, fit, coded, [coded[i] for i in chosen], tokenizer, *own, settings.seed)
+    print_gates(gates, part)
     return {
-        "codes": V,
-        "frames": int(total[0].sum()),
-        "conversations": len(counts),
-        "usage": (total > 0).mean(axis=1).tolist(),
-        "perplexity": [dataclasses.asdict(figure) for figure in perplexity_figures(counts)],
+        "format": FORMAT,
+        "environment": describe_environment(),
+        "settings": dataclasses.asdict(settings),
+        "tokenizer": {"folder": args.tokenizer.as_posix(), "fingerprint": tokenizer.fingerprint()},
+        "gates": as_values(gates),
+        "part": part,
+        "pictures": draw_gates(part, args.out),
     }
 
 
@@ -441,6 +463,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of clips and sampling (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of the speech model, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--gates",
+        action="store_true",
+        help="check the tokenizer against its gates instead: a table, and pictures in --out; no report is written",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
     return parser.parse_args(argv)
 
@@ -507,6 +534,10 @@ def main(argv: list[str] | None = None) -> int:
         raise MissingRequirement(f"device {args.device!r} asked for, but this torch sees no CUDA; use --device cpu")
     torch.set_num_threads(args.threads)
     with only_run_in(args.out):
+        if args.gates:
+            gates = measure_gates(args, settings)
+            print(json.dumps(gates, allow_nan=False) if args.json else f"pictures: {args.out}")
+            return EXIT_DONE
         report = measure(args, settings)
         write_report(args.out, report)
         drop_old_audio(args.out, report)

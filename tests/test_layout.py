@@ -18,7 +18,8 @@ LEVELS = (
     {"model_sizes"},
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
-    {"synthetic_voices", "training"},
+    {"codec_probes", "synthetic_voices", "training"},
+    {"codec_gates"},
     {"evaluation_framework"},
     {"collect_data", "demo", "setup_environment", "train", "train_minimal", "train_tokenizer"},
 )
