@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from conversational_memory import ConversationalMemory, MemoryCache, find_turns, prosody_loss, prosody_targets
+from conversational_memory import (
+    ConversationalMemory,
+    MemoryCache,
+    TurnTimes,
+    find_turns,
+    prosody_loss,
+    prosody_targets,
+)
 from cross_attention import (
     CrossCache,
     Streams,
@@ -59,6 +66,7 @@ class Traces:
     """What a forward pass leaves beside its states, for losses and pictures."""
 
     streams: Streams | None = None
+    turns: TurnTimes | None = None  # of a model with a memory, without a cache
     maps: list[Tensor] = field(default_factory=list)  # (B, H, audio rows, text rows) of each cross-attention layer
     expected_prosody: Tensor | None = None  # (B, T, F)
 
@@ -152,20 +160,22 @@ class CSM(nn.Module):
         if rows.tokens.size(1) > c.max_positions:
             raise ValueError(f"{rows.tokens.size(1)} rows are more than the model's max_positions={c.max_positions}")
         traces = Traces() if traces is None else traces
-        turns = find_turns(rows) if self.memory is not None and cache is None else None
-        if c.cross_layers:
+        if self.memory is not None and cache is None:
+            traces.turns = find_turns(rows)
+        crossing = {layer: index for index, layer in enumerate(c.cross_layers)}
+        if crossing:
             traces.streams = find_streams(rows, cache and cache.streams)
 
         def between(layer: int, x: Tensor) -> Tensor:
-            if layer in c.cross_layers:
-                index = c.cross_layers.index(layer)
+            if layer in crossing:
+                index = crossing[layer]
                 own = (cache.streams, cache.cross[index]) if cache else (None, None)
                 x = self.cross_attention[index](x, traces.streams, *own, traces.maps if maps else None)
             if layer == c.memory_layer and self.memory is not None:
                 if cache is not None:
                     x = self.memory.read(x, rows, cache.memory)
                 else:
-                    x, traces.expected_prosody = self.memory(x, rows, turns)
+                    x, traces.expected_prosody = self.memory(x, rows, traces.turns)
             return x
 
         keys = cache and cache.keys
@@ -218,7 +228,7 @@ class CSM(nn.Module):
             parts = [guidance_loss(weights, traces.streams, rows) for weights in traces.maps]
             off_diagonal = torch.stack(parts).mean()
         if traces.expected_prosody is not None:
-            error = prosody_loss(traces.expected_prosody, rows, find_turns(rows))
+            error = prosody_loss(traces.expected_prosody, rows, traces.turns)
         return Terms(codebook0, nats.sum(dim=0), text, off_diagonal, error)
 
 

@@ -42,8 +42,8 @@ class CodeShape:
         return FRAME_RATE * (n_codebooks or self.n_codebooks) * math.log2(self.codebook_size)
 
 
-class AudioTokenizer(Protocol):
-    """What training, generation and evaluation need of a tokenizer. It is a module: `to` and `eval` work as usual."""
+class AudioTokenizer(nn.Module):
+    """What training, generation and evaluation need of a tokenizer; the codecs add what `Codec` asks for."""
 
     config: CodeShape
 
@@ -52,19 +52,24 @@ class AudioTokenizer(Protocol):
 
         ValueError: another shape or type, no samples, or samples that are not finite.
         """
+        return encode_whole(self, wave)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T, K') codes of the first K' <= K codebooks -> (B, T * FRAME_SAMPLES). K' = n_semantic drops the detail.
 
         ValueError: another shape or type, no frames, too many codebooks, or codes out of range.
         """
+        return decode_whole(self, codes)
 
-    def encoder_stream(self, batch_size: int) -> EncoderStream: ...
+    def encoder_stream(self, batch_size: int) -> EncoderStream:
+        return EncoderStream(self, batch_size)
 
-    def decoder_stream(self, batch_size: int) -> DecoderStream: ...
+    def decoder_stream(self, batch_size: int) -> DecoderStream:
+        return DecoderStream(self, batch_size)
 
     def fingerprint(self) -> str:
         """SHA-256 over config and weights: codes of two tokenizers mean the same only if it is equal."""
+        return fingerprint(self.config, self)
 
 
 class Codec(Protocol):

@@ -5,6 +5,7 @@ Letters: B batch, N samples, T frames, U characters.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,23 @@ def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoust
     return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
 
 
+def letters_of(texts: Iterable[str]) -> list[str]:
+    """What CTC is asked for: letters, spaces and apostrophes that occur, in lower case."""
+    return sorted({c for text in texts for c in text.casefold() if c.isalpha() or c in " '"})
+
+
+def character_ids(text: str, alphabet: Sequence[str]) -> np.ndarray:
+    """(U,) ids from 1 of the characters of the alphabet; 0 is CTC's blank."""
+    ids = {character: i for i, character in enumerate(alphabet, start=1)}
+    return np.array([ids[c] for c in text.casefold() if c in ids], dtype=np.int64)
+
+
+def can_be_aligned(characters: np.ndarray, n_frames: float) -> bool:
+    """Whether CTC can align so many characters with the frames; equal neighbours need a blank between them."""
+    repeats = int((characters[1:] == characters[:-1]).sum())
+    return 0 < len(characters) <= SPREAD * n_frames - repeats
+
+
 class Transcribed(NamedTuple):
     """An utterance for the heads."""
 
@@ -78,15 +96,13 @@ class Utterances:
     def __init__(self, clips: list[tuple[str, str, np.ndarray]]):
         """(speaker, text, samples) of each clip. Too long ones and those with too little time for their text are left
         out; `alphabet` holds the letters that occur."""
-        self.alphabet = sorted({c for _, text, _ in clips for c in text.casefold() if c.isalpha() or c in " '"})
+        self.alphabet = letters_of(text for _, text, _ in clips)
         self.speakers = sorted({speaker for speaker, _, _ in clips})
-        ids = {character: i for i, character in enumerate(self.alphabet, start=1)}
         self.items: list[Transcribed] = []
         for speaker, text, samples in clips:
-            letters = np.array([ids[c] for c in text.casefold() if c in ids], dtype=np.int64)
-            repeats = int((letters[1:] == letters[:-1]).sum())
-            room = SPREAD * len(samples) / FRAME_SAMPLES / SPEEDS[1]
-            if 0 < len(letters) + repeats <= room and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
+            letters = character_ids(text, self.alphabet)
+            fits = can_be_aligned(letters, len(samples) / FRAME_SAMPLES / SPEEDS[1])
+            if fits and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
                 self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker)))
 
     def batch(self, seed: int, step: int, batch_size: int) -> SemanticBatch:

@@ -21,7 +21,7 @@ from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
 from audio_tokenizer import AudioTokenizer
-from codec_batches import SPREAD
+from codec_batches import SPREAD, can_be_aligned, character_ids, letters_of
 from mimi_tokenizer import MimiTokenizer
 from rvq_tokenizer import RVQTokenizer
 from speech_metrics import (
@@ -141,18 +141,6 @@ class CharacterProbe(nn.Module):
         return self.head(fine).log_softmax(dim=-1)
 
 
-def character_ids(clips: Sequence[Coded], alphabet: Sequence[str]) -> list[np.ndarray]:
-    """Ids from 1 of each text; 0 is CTC's blank."""
-    ids = {character: i for i, character in enumerate(alphabet, start=1)}
-    return [np.array([ids[c] for c in clip.text.casefold() if c in ids], dtype=np.int64) for clip in clips]
-
-
-def fits(characters: np.ndarray, n_frames: int) -> bool:
-    """Whether CTC can align so many characters with the frames; equal neighbours need a blank between them."""
-    repeats = int((characters[1:] == characters[:-1]).sum())
-    return 0 < len(characters) <= SPREAD * n_frames - repeats
-
-
 def fit_character_probe(
     frames: list[Tensor], characters: list[np.ndarray], n_characters: int, seed: int
 ) -> CharacterProbe:
@@ -191,10 +179,10 @@ def character_gates(
     fit: Sequence[Coded], held_out: Sequence[Coded], n_semantic: int, tables: list[Tensor], seed: int
 ) -> list[Gate]:
     """The same probe on the semantic and on the acoustic codes: where the words are."""
-    alphabet = sorted({c for clip in (*fit, *held_out) for c in clip.text.casefold() if c.isalpha() or c in " '"})
-    texts, asked_texts = character_ids(fit, alphabet), character_ids(held_out, alphabet)
-    learnt = [(clip, ids) for clip, ids in zip(fit, texts, strict=True) if fits(ids, len(clip.codes))]
-    asked = [(clip, ids) for clip, ids in zip(held_out, asked_texts, strict=True) if len(ids)]
+    alphabet = letters_of(clip.text for clip in (*fit, *held_out))
+    spelt, asked_all = ([(clip, character_ids(clip.text, alphabet)) for clip in clips] for clips in (fit, held_out))
+    learnt = [(clip, ids) for clip, ids in spelt if can_be_aligned(ids, len(clip.codes))]
+    asked = [(clip, ids) for clip, ids in asked_all if len(ids)]
     names = ("CER of the probe, semantic", "CER of the probe, acoustic", "CER of the probe, semantic less acoustic")
     how = f"{PROBE_STEPS} steps on {len(learnt)} clips, greedy CTC; n: held-out clips"
     bound = {"sense": "<=", "threshold": -0.15}

@@ -32,7 +32,7 @@ from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from frames import IGNORE, Clock, FrameLayout, Rows, Turn, concatenate
 from prosody import prosody_features
-from text_tokenizer import TextTokenizer, encode_turn, shared_prefix, turn_prompt
+from text_tokenizer import TextTokenizer, encode_turn, prompt_length
 from turn_shards import LedgerEntry, TurnRecord, read_ledger, read_turns
 
 SPLITS = ("train", "val", "test")
@@ -349,7 +349,7 @@ class ConversationDataset:
         record = conversation.turns[index]
         text_ids = encode_turn(self.text_tokenizer, speaker, record.text)
         codes = torch.from_numpy(self.cache.codes[record.utt_id].astype(np.int64))
-        n_prompt = len(shared_prefix(turn_prompt(self.text_tokenizer, speaker), text_ids))
+        n_prompt = prompt_length(self.text_tokenizer, speaker, text_ids)
         gap = 0.0
         if index and record.start_s is not None and conversation.turns[index - 1].end_s is not None:
             gap = (record.start_s - conversation.turns[index - 1].end_s) * FRAME_RATE

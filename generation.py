@@ -24,7 +24,7 @@ from conversational_memory import MemoryState
 from frames import N_PROSODY, Clock, Rows, Turn
 from model_sizes import CSMConfig
 from prosody import prosody_features
-from text_tokenizer import TextTokenizer, clean_text, encode_turn, shared_prefix, turn_prompt, turn_text
+from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
 from transformer import KVCache
 
 
@@ -212,7 +212,9 @@ class Conversation:
         text = clean_text(text)
         ids = encode_turn(self.text_tokenizer, speaker, text)
         prosody = self._prosody(samples, len(text))
-        turn = Turn(ids, codes, self._prompt_length(speaker, ids), "speak", gap_seconds * FRAME_RATE, prosody)
+        turn = Turn(
+            ids, codes, prompt_length(self.text_tokenizer, speaker, ids), "speak", gap_seconds * FRAME_RATE, prosody
+        )
         self._make_room(self.layout.turn_length(len(ids), len(codes)))
         before = self._before()
         self._read(self.layout.turn_rows(turn, self.clock))
@@ -248,7 +250,7 @@ class Conversation:
             ids = prompt = turn_prompt(self.text_tokenizer, speaker)
         else:
             ids = encode_turn(self.text_tokenizer, speaker, clean_text(text))
-            prompt = ids[: self._prompt_length(speaker, ids)]
+            prompt = ids[: prompt_length(self.text_tokenizer, speaker, ids)]
         n_text = len(ids) if text is not None else len(prompt) + self.sampling.max_text_ids
         self._make_room(self.layout.turn_length(n_text, self.sampling.max_frames))
         before = self._before()
@@ -302,9 +304,6 @@ class Conversation:
         if not self.model.config.text_head:
             raise ValueError(f"the model cannot {verb}: it was trained with text_head=False")
 
-    def _prompt_length(self, speaker: int, ids: list[int]) -> int:
-        return len(shared_prefix(turn_prompt(self.text_tokenizer, speaker), ids))
-
     def _heard(self, samples: np.ndarray | None, codes: Tensor | None) -> tuple[Tensor, np.ndarray | None]:
         """Codes of a turn given either way, and its samples where the memory needs them."""
         if (samples is None) == (codes is None):
@@ -352,8 +351,7 @@ class Conversation:
     @torch.inference_mode()
     def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None]) -> None:
         self.kept.append(KeptTurn(turn, *before))
-        prosody = torch.full((N_PROSODY,), torch.nan) if turn.prosody is None else turn.prosody
-        self.model.end_turn(self.cache, prosody[None].to(self.device))
+        self.model.end_turn(self.cache, turn.prosody[None].to(self.device))
 
     @torch.inference_mode()
     def _read(self, rows: Rows) -> Tensor:
@@ -379,20 +377,23 @@ class Conversation:
 
     def _forget(self, dropped: int) -> None:
         """Read the newer turns anew, each with the memory as it was before it; the memory now stays as it is."""
-        now, (clock, memory) = self.clock, self._before()
+        newest = self._before()[1]
         self.cache.forget_context()
         kept, self.kept, position = self.kept[dropped:], [], 0
         for turn in kept:
             clock = turn.clock.copy()
             clock.position = position
             self.kept.append(turn._replace(clock=clock.copy()))
-            if self.cache.memory is not None:
-                self.cache.memory.state, self.cache.memory.turn = turn.memory, None
+            self._recall(turn.memory)
             self._read(self.layout.turn_rows(turn.turn, clock))
             position = clock.position
+        self._recall(newest)
+        self.clock.position = position
+
+    def _recall(self, state: MemoryState | None) -> None:
+        """Let the next turn be read with this memory, if the model has one."""
         if self.cache.memory is not None:
-            self.cache.memory.state, self.cache.memory.turn = memory, None
-        now.position = position
+            self.cache.memory.state, self.cache.memory.turn = state, None
 
 
 class _Frames:

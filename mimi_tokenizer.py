@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE
-from audio_tokenizer import CodeShape, DecoderStream, EncoderStream, decode_whole, encode_whole, fingerprint
+from audio_tokenizer import AudioTokenizer, CodeShape
 from command_line import MissingRequirement
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class State(NamedTuple):
     keys: DynamicCache  # keys and values of the last `sliding_window` - 1 steps
 
 
-class MimiTokenizer(nn.Module):
+class MimiTokenizer(AudioTokenizer):
     """The codec, for use and not for training. The layers are shared with `model`, which is not needed any more."""
 
     delay_samples = 0  # the decoder is causal and gives whole frames
@@ -68,23 +68,6 @@ class MimiTokenizer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.downsample.conv.weight.device
-
-    def encode(self, wave: Tensor) -> Tensor:
-        """See `AudioTokenizer.encode`."""
-        return encode_whole(self, wave)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `AudioTokenizer.decode`."""
-        return decode_whole(self, codes)
-
-    def encoder_stream(self, batch_size: int) -> EncoderStream:
-        return EncoderStream(self, batch_size)
-
-    def decoder_stream(self, batch_size: int) -> DecoderStream:
-        return DecoderStream(self, batch_size)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.config, self)
 
     def encoder_state(self, batch_size: int) -> State:
         return initial_state(self.encoder_transformer, batch_size)

@@ -30,11 +30,6 @@ from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
 from audio_tokenizer import (
     AudioTokenizer,
     CodeShape,
-    DecoderStream,
-    EncoderStream,
-    decode_whole,
-    encode_whole,
-    fingerprint,
 )
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, run
@@ -235,7 +230,7 @@ class Reconstruction(NamedTuple):
     commitment: Tensor  # ()
 
 
-class RVQTokenizer(nn.Module):
+class RVQTokenizer(AudioTokenizer):
     """The codec. `forward` and `autoencode` are for training, `encode` and `decode` and the streams for use."""
 
     delay_samples = DELAY_SAMPLES
@@ -286,14 +281,6 @@ class RVQTokenizer(nn.Module):
         commitment = (semantic.commitment + detail.commitment) / 2
         return Reconstruction(self.synthesize(semantic.latents, detail.latents), codes, commitment)
 
-    def encode(self, wave: Tensor) -> Tensor:
-        """See `AudioTokenizer.encode`."""
-        return encode_whole(self, wave)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `AudioTokenizer.decode`."""
-        return decode_whole(self, codes)
-
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, T, K') -> the decoder's input (B, T, codebook_dim)."""
         n_semantic = self.config.n_semantic
@@ -301,15 +288,6 @@ class RVQTokenizer(nn.Module):
         if codes.size(-1) > n_semantic:
             mixed = mixed + self.acoustic_out(self.acoustic.decode(codes[..., n_semantic:]))
         return mixed
-
-    def encoder_stream(self, batch_size: int) -> EncoderStream:
-        return EncoderStream(self, batch_size)
-
-    def decoder_stream(self, batch_size: int) -> DecoderStream:
-        return DecoderStream(self, batch_size)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.config, self)
 
     def encoder_state(self, batch_size: int) -> EncoderState:
         return self.encoder.initial_state(batch_size, self.device)

@@ -92,6 +92,11 @@ def turn_prompt(tokenizer: TextTokenizer, speaker: int) -> list[int]:
     return shared_prefix([tokenizer.bos, *tokenizer.encode(f"[{speaker}]")], encode_turn(tokenizer, speaker, "Hello"))
 
 
+def prompt_length(tokenizer: TextTokenizer, speaker: int, text_ids: list[int]) -> int:
+    """How many ids of a turn are its prompt."""
+    return len(shared_prefix(turn_prompt(tokenizer, speaker), text_ids))
+
+
 def shared_prefix(one: list[int], other: list[int]) -> list[int]:
     """The ids that both begin with."""
     length = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)

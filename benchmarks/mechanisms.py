@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from architecture import CSM, CSMCache, Traces, count_targets
+from architecture import CSM, CSMCache, Traces, count_targets, parameter_table
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from conversational_memory import MemoryStore
@@ -32,6 +31,7 @@ from cross_attention import guidance_loss
 from frames import IGNORE, Clock, Rows, Turn, concatenate
 from generation import Sampling, Speaker
 from model_sizes import CSMConfig, preset
+from run_folder import describe_environment
 from transformer import TransformerConfig
 
 BOS, EOS, TAG = 256, 257, 48
@@ -49,8 +49,7 @@ def small_config(**changes: object) -> CSMConfig:
 
 
 def n_parameters(config: CSMConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in CSM(config).parameters())
+    return parameter_table(config)["total"]
 
 
 def widened(config: CSMConfig, target: int, n_layers: int | None = None) -> CSMConfig:
@@ -495,12 +494,6 @@ def print_table(title: str, rows: dict[str, dict[str, list[float]]], digits: int
         print(f"{name:52}" + "".join(f"{cell:>22}" for cell in cells))
 
 
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXIT_CODES_HELP)
     defaults = " (default: %(default)s)"
@@ -525,7 +518,9 @@ def main(argv: list[str] | None = None) -> int:
     for key, compute in tqdm(runs.items(), desc="training", unit="run", disable=not runs):
         path = args.out / (key.replace("/", "--").replace(" ", "_") + ".json")
         if not path.is_file():
-            write_atomically(path, json.dumps({"commit": commit(), "values": compute()}).encode())
+            write_atomically(
+                path, json.dumps({"commit": describe_environment()["commit"], "values": compute()}).encode()
+            )
         made_at, results[key] = read_result(path)
         commits.add(made_at)
     summary = {group: table(results, group) for group in ("memory", "cross", "acoustic")}
