@@ -17,6 +17,7 @@ from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16
 SPREAD = 4  # sub-frames that characters are aligned with, of a frame; 20 ms each
 LONGEST_SECONDS = 6.0  # of an utterance that is used for its text
 SPEEDS = (0.85, 1.18)  # pitch, formants and rate of half of the utterances are changed together
+WARP = 0.25  # logarithm of the largest factor by which the content branch hears frequencies changed
 MASKED = 0.2  # share of an utterance's frames that are silenced, in spans
 SPAN_FRAMES = 2
 
@@ -48,13 +49,23 @@ class Crops:
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
-    """Nested depth dropout: acoustic 50 % full, 10 % none, else any; semantic 90 % full, else any."""
+    """Nested depth dropout: acoustic 50 % full, 10 % none, 10 % one, else any; semantic 90 % full, else any.
+
+    One acoustic codebook is the hardest depth: drawn as rarely as the others, it sounds worse than none.
+    """
     random = np.random.default_rng([seed, step, 1])
     lot, any_acoustic = random.random(batch_size), random.integers(1, n_acoustic, batch_size)
-    acoustic = np.where(lot < 0.5, n_acoustic, np.where(lot < 0.6, 0, any_acoustic))
+    acoustic = np.select([lot < 0.5, lot < 0.6, lot < 0.7], [n_acoustic, 0, 1], any_acoustic)
     any_semantic = random.integers(1, n_semantic + 1, batch_size)
     semantic = np.where(random.random(batch_size) < 0.9, n_semantic, any_semantic)
     return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
+
+
+def draw_warps(seed: int, step: int, batch_size: int, share: float) -> Tensor:
+    """(B,) factors of the frequencies that the content branch hears: 1, and for a `share` of the samples another."""
+    random = np.random.default_rng([seed, step, 4])
+    factors = np.exp(random.uniform(-WARP, WARP, batch_size))
+    return torch.from_numpy(np.where(random.random(batch_size) < share, factors, 1.0)).float()
 
 
 def letters_of(texts: Iterable[str]) -> list[str]:
@@ -80,6 +91,7 @@ class Transcribed(NamedTuple):
     pcm: np.ndarray  # (N,) int16
     characters: np.ndarray  # (U,) ids from 1; 0 is CTC's blank
     speaker: int
+    features: np.ndarray | None = None  # (T, D) of a teacher
 
 
 class SemanticBatch(NamedTuple):
@@ -88,6 +100,7 @@ class SemanticBatch(NamedTuple):
     characters: Tensor  # (sum of U,) ids of all texts one after the other
     n_characters: Tensor  # (B,)
     speakers: Tensor  # (B,)
+    features: Tensor  # (B, T, D) of a teacher; D = 0 without one
 
 
 class Utterances:
@@ -105,28 +118,51 @@ class Utterances:
             if fits and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
                 self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker)))
 
-    def batch(self, seed: int, step: int, batch_size: int) -> SemanticBatch:
-        """Random utterances, half of them at another speed, a fifth of their frames silent."""
+    @property
+    def feature_width(self) -> int:
+        """D of the teacher's features, 0 without a teacher."""
+        return 0 if self.items[0].features is None else self.items[0].features.shape[1]
+
+    def add_features(self, features: Sequence[np.ndarray]) -> None:
+        """(T, D) of a teacher for every item."""
+        self.items = [item._replace(features=each) for item, each in zip(self.items, features, strict=True)]
+
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> SemanticBatch:
+        """Random utterances, half of them at another speed, a fifth of their frames silent; `part` of them."""
         random = np.random.default_rng([seed, step, 2])
-        chosen = [self.items[i] for i in random.integers(len(self.items), size=batch_size)]
-        waves = [_masked(_at_other_speed(item.pcm / np.float32(32768), random), random) for item in chosen]
-        n_frames = np.array([-(-len(wave) // FRAME_SAMPLES) for wave in waves])
-        padded = np.zeros((batch_size, n_frames.max() * FRAME_SAMPLES), dtype=np.float32)
-        for row, wave in zip(padded, waves, strict=True):
-            row[: len(wave)] = wave * 10 ** (random.uniform(-8, 2) / 20)
+        chosen = random.integers(len(self.items), size=batch_size)
+        places = range(batch_size)[part]
+        own = [np.random.default_rng([seed, step, 2, place]) for place in places]  # so that parts need no others
+        chosen = [self.items[chosen[place]] for place in places]
+        varied = [_varied(item, random) for item, random in zip(chosen, own, strict=True)]
+        n_frames = np.array([-(-len(wave) // FRAME_SAMPLES) for wave, _ in varied])
+        padded = np.zeros((len(varied), n_frames.max() * FRAME_SAMPLES), dtype=np.float32)
+        features = np.zeros((len(varied), n_frames.max(), self.feature_width), dtype=np.float32)
+        for i, (wave, told) in enumerate(varied):
+            padded[i, : len(wave)] = wave
+            features[i, : len(told)] = told
         return SemanticBatch(
             torch.from_numpy(padded).clamp(-1, 1),
             torch.from_numpy(n_frames),
             torch.from_numpy(np.concatenate([item.characters for item in chosen])),
             torch.tensor([len(item.characters) for item in chosen]),
             torch.tensor([item.speaker for item in chosen]),
+            torch.from_numpy(features),
         )
 
 
-def _at_other_speed(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _varied(item: Transcribed, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Samples (N,) at another speed, level and with gaps, and the teacher's features (T, D) of the same moments."""
     speed = random.uniform(*SPEEDS) if random.random() < 0.5 else 1.0
+    samples = item.pcm / np.float32(32768)
     places = np.arange(0, len(samples) - 1, speed)
-    return np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
+    wave = np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
+    wave = _masked(wave, random) * np.float32(10 ** (random.uniform(-8, 2) / 20))
+    n_frames = -(-len(wave) // FRAME_SAMPLES)
+    if item.features is None:
+        return wave, np.zeros((n_frames, 0), dtype=np.float32)
+    frames = np.minimum(np.round(speed * np.arange(n_frames)).astype(int), len(item.features) - 1)
+    return wave, item.features[frames].astype(np.float32)
 
 
 def _masked(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -19,6 +19,24 @@ class Quantized(NamedTuple):
     commitment: Tensor  # () mean over the levels of the squared distance to the chosen code
 
 
+class Books(NamedTuple):
+    """The codebooks of all levels in one precision."""
+
+    codes: Tensor  # (K, V, D)
+    squares: Tensor  # (K, V) squared lengths
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, T, D) of the same precision -> (B, T, K) int64"""
+        residual, chosen = x.flatten(0, 1), []  # (M, D)
+        for book, squares in zip(*self, strict=True):
+            # |x - c|^2 without |x|^2, which is the same for every code
+            distances = torch.addmm(squares, residual, book.T, alpha=-2)
+            index = distances.float().argmin(dim=1)  # (M,) the first of those that float32 cannot tell apart
+            residual = residual - book[index]
+            chosen.append(index)
+        return torch.stack(chosen, dim=-1).unflatten(0, x.shape[:2])
+
+
 class ResidualQuantizer(nn.Module):
     """K nearest-neighbour codebooks, each coding what the ones before left over (SoundStream, arXiv 2107.03312).
 
@@ -64,16 +82,24 @@ class ResidualQuantizer(nn.Module):
             latents = (x + (total - x).detach()) * kept
         return Quantized(latents, torch.stack(codes, dim=-1), torch.stack(commitment).mean())
 
+    @torch.no_grad()
+    def nearest(self, x: Tensor, depth: Tensor) -> Tensor:
+        """(B, T, D) and how many levels each sample keeps (B,) -> (B, T, D), the sum of the chosen codes; learns
+        nothing."""
+        with torch.autocast(x.device.type, enabled=False):
+            codes = self.encode(x)
+            kept = torch.arange(len(self.levels), device=x.device) < depth.view(-1, 1, 1)  # (B, 1, K)
+            chosen = [level.codebook[codes[..., k]] for k, level in enumerate(self.levels)]
+            return sum(code * kept[..., k, None] for k, code in enumerate(chosen))
+
+    def books(self, dtype: torch.dtype) -> Books:
+        """What `encode` needs, as it is now."""
+        codes = torch.stack([level.codebook.detach().to(dtype) for level in self.levels])  # (K, V, D)
+        return Books(codes, codes.square().sum(dim=2))
+
     def encode(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, K) int64"""
-        residual, codes = x.float(), []
-        for level in self.levels:
-            book = level.codebook  # (V, D)
-            # |x - c|^2 without |x|^2, which is the same for every code
-            index = (book.square().sum(dim=1) - 2 * residual @ book.T).argmin(dim=-1)  # (B, T)
-            residual = residual - book[index]
-            codes.append(index)
-        return torch.stack(codes, dim=-1)
+        return self.books(torch.float32).encode(x.float())
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T, K') codes of the first K' levels -> (B, T, D)"""

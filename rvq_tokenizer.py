@@ -15,6 +15,7 @@ F fine frames (100 per second), K codebooks, V codes per codebook, D width. Audi
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ PRESETS = {
         n_stem=1, n_content=1, n_acoustic=1, n_coarse=1, n_fine=1,
     ),
     "cpu": TokenizerConfig(),
+    "gpu": TokenizerConfig(
+        codebook_size=2048, codebook_dim=128, d_stem=256, d_branch=640, d_decoder=512,
+        n_content=3, n_acoustic=3, n_coarse=3, n_fine=8, codebook_decay=0.99,
+    ),
 }  # fmt: skip
 
 
@@ -86,9 +91,9 @@ class ConvNeXtStack(nn.Module):
         self.dim, self.n_blocks = dim, n_blocks
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim) for _ in range(n_blocks))
 
-    def initial_state(self, batch_size: int, device: torch.device) -> Tensor:
+    def initial_state(self, batch_size: int) -> Tensor:
         """The frames before the first one are zero: (blocks, B, KERNEL - 1, D)."""
-        return torch.zeros(self.n_blocks, batch_size, KERNEL - 1, self.dim, device=device)
+        return self.blocks[0].scale.new_zeros(self.n_blocks, batch_size, KERNEL - 1, self.dim)
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(B, F, D) and the last frames each block has seen -> (B, F, D) and the new last frames."""
@@ -113,8 +118,16 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, padded: Tensor) -> Tensor:
         """(B, KERNEL - 1 + F, D) -> (B, F, D)"""
-        x = self.mix(padded.transpose(1, 2)).transpose(1, 2)
+        x = self.taps(padded) if padded.dtype == torch.float64 else self.mix(padded.transpose(1, 2)).transpose(1, 2)
         return self.scale * self.contract(F.gelu(self.expand(self.norm(x))))
+
+    def taps(self, padded: Tensor) -> Tensor:
+        """`mix` tap by tap: torch has no fast depthwise convolution in float64."""
+        n_frames = padded.size(1) - KERNEL + 1
+        x = self.mix.bias.expand(len(padded), n_frames, -1)
+        for k, weight in enumerate(self.mix.weight[:, 0].T):  # (D,)
+            x = torch.addcmul(x, padded[:, k : k + n_frames], weight)
+        return x
 
 
 class EncoderState(NamedTuple):
@@ -131,6 +144,9 @@ class Encoder(nn.Module):
         super().__init__()
         bank = AF.melscale_fbanks(FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, config.n_mels, SAMPLE_RATE, norm="slaney")
         self.register_buffer("mel_bank", bank, persistent=False)  # (FFT / 2 + 1, n_mels)
+        hertz = torch.arange(FFT // 2 + 1) * (SAMPLE_RATE / FFT)
+        centres = (bank * hertz[:, None]).sum(dim=0) / bank.sum(dim=0)
+        self.register_buffer("centres", centres, persistent=False)  # (n_mels,) Hz
         self.register_buffer("window", torch.hann_window(FFT), persistent=False)
         self.lift = nn.Linear(config.n_mels, config.d_stem)
         self.stem = ConvNeXtStack(config.d_stem, config.n_stem)
@@ -143,10 +159,10 @@ class Encoder(nn.Module):
             nn.LayerNorm(config.d_branch), nn.Linear(config.d_branch, config.codebook_dim)
         )
 
-    def initial_state(self, batch_size: int, device: torch.device) -> EncoderState:
+    def initial_state(self, batch_size: int) -> EncoderState:
         stacks = (self.stem, self.content, self.acoustic)
-        samples = torch.zeros(batch_size, FFT - HOP, device=device)
-        return EncoderState(samples, *(stack.initial_state(batch_size, device) for stack in stacks))
+        samples = self.window.new_zeros(batch_size, FFT - HOP)
+        return EncoderState(samples, *(stack.initial_state(batch_size) for stack in stacks))
 
     def log_mel(self, samples: Tensor) -> Tensor:
         """(B, FFT - HOP + F * HOP) -> (B, F, n_mels), about zero mean and unit spread on speech."""
@@ -155,13 +171,33 @@ class Encoder(nn.Module):
             mel = spectrum.transpose(1, 2) @ self.mel_bank  # (B, F, n_mels)
             return 0.5 * (mel.clamp(min=LOG_MEL_FLOOR).log() + 5)
 
-    def forward(self, wave: Tensor, state: EncoderState) -> tuple[Tensor, Tensor, EncoderState]:
-        """(B, T * FRAME_SAMPLES) -> content latents and acoustic latents, each (B, T, codebook_dim), and the state."""
+    def warp(self, mel: Tensor, factors: Tensor) -> Tensor:
+        """(B, F, n_mels) as it would be if all frequencies were `factors` (B,) times as high: another voice."""
+        wanted = self.centres / factors[:, None]  # (B, n_mels) Hz
+        above = torch.searchsorted(self.centres, wanted).clamp(1, len(self.centres) - 1)
+        low, high = self.centres[above - 1], self.centres[above]
+        share = ((wanted - low) / (high - low)).clamp(0, 1)[:, None]  # (B, 1, n_mels)
+        below, above = ((i[:, None].expand_as(mel)) for i in (above - 1, above))
+        return torch.lerp(mel.gather(2, below), mel.gather(2, above), share)
+
+    def frames(self, mel: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, n_mels) -> the stem's output by codec frames (B, T, FINE * d_stem), and its state."""
+        fine, state = self.stem(self.lift(mel), state)  # (B, F, d_stem)
+        return fine.unflatten(1, (-1, FINE)).flatten(2), state
+
+    def forward(
+        self, wave: Tensor, state: EncoderState, warps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, EncoderState]:
+        """(B, T * FRAME_SAMPLES) -> content latents and acoustic latents, each (B, T, codebook_dim), and the state.
+
+        With `warps` (B,) the content branch hears its frequencies multiplied by them; for training.
+        """
         samples = torch.cat([state.samples, wave], dim=1)
-        fine, stem = self.stem(self.lift(self.log_mel(samples)), state.stem)  # (B, F, d_stem)
-        stacked = fine.unflatten(1, (-1, FINE)).flatten(2)  # (B, T, FINE * d_stem)
-        content, content_state = self.content(self.to_content(stacked), state.content)
-        acoustic, acoustic_state = self.acoustic(self.to_acoustic(stacked), state.acoustic)
+        mel = self.log_mel(samples)
+        frames, stem = self.frames(mel, state.stem)
+        told = frames if warps is None else self.frames(self.warp(mel, warps), state.stem)[0]
+        content, content_state = self.content(self.to_content(told), state.content)
+        acoustic, acoustic_state = self.acoustic(self.to_acoustic(frames), state.acoustic)
         new_state = EncoderState(samples[:, -(FFT - HOP) :], stem, content_state, acoustic_state)
         return self.content_out(content), self.acoustic_out(acoustic), new_state
 
@@ -177,7 +213,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.lift = nn.Linear(config.codebook_dim, config.d_branch)
         self.coarse = ConvNeXtStack(config.d_branch, config.n_coarse)
         self.spread = nn.Linear(config.d_branch, FINE * config.d_decoder)
         self.fine = ConvNeXtStack(config.d_decoder, config.n_fine)
@@ -189,14 +224,14 @@ class Decoder(nn.Module):
         tail = torch.stack([cover[k + 1 :].sum(dim=0) for k in range(OVERLAP)])  # (OVERLAP, HOP) cover after the end
         self.register_buffer("tail_gain", 1 / tail.clamp(min=0.25), persistent=False)
 
-    def initial_state(self, batch_size: int, device: torch.device) -> DecoderState:
-        overlap = torch.zeros(batch_size, OVERLAP, HOP, device=device)
-        coarse, fine = (stack.initial_state(batch_size, device) for stack in (self.coarse, self.fine))
+    def initial_state(self, batch_size: int) -> DecoderState:
+        overlap = self.window.new_zeros(batch_size, OVERLAP, HOP)
+        coarse, fine = (stack.initial_state(batch_size) for stack in (self.coarse, self.fine))
         return DecoderState(coarse, fine, overlap)
 
     def forward(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """(B, T, codebook_dim) -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the state."""
-        coarse, coarse_state = self.coarse(self.lift(latents), state.coarse)
+        """(B, T, d_branch) -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the state."""
+        coarse, coarse_state = self.coarse(latents, state.coarse)
         spread = self.spread(coarse).unflatten(2, (FINE, -1)).flatten(1, 2)  # (B, F, d_decoder)
         fine, fine_state = self.fine(spread, state.fine)
         blocks = self.overlap_add(self.synthesize(fine), state.overlap)  # (B, F + OVERLAP, HOP)
@@ -224,6 +259,30 @@ class Decoder(nn.Module):
         return (state.overlap * self.tail_gain).flatten(1)
 
 
+class ExactEncoder:
+    """Encoder and codebooks in float64, for `encode`: however the audio is cut, near ties between codes go one way.
+
+    In float32 a product of matrices differs in its last bit with the number of frames at once; where two codes are
+    almost equally near, that changes the code and with it all deeper levels (1 % of the codes of speech).
+    """
+
+    def __init__(self, tokenizer: RVQTokenizer):
+        dtype = torch.float32 if tokenizer.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(False).to(dtype)
+        self.semantic, self.acoustic = (stack.books(dtype) for stack in (tokenizer.semantic, tokenizer.acoustic))
+        self.version = self.version_of(tokenizer)
+
+    def is_of(self, tokenizer: RVQTokenizer) -> bool:
+        """Whether the tokenizer's weights and codebooks are still those this was made from."""
+        return self.version == self.version_of(tokenizer)
+
+    @staticmethod
+    def version_of(tokenizer: RVQTokenizer) -> list[tuple[int, int]]:
+        parts = (tokenizer.encoder, tokenizer.semantic, tokenizer.acoustic)
+        tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
 class Reconstruction(NamedTuple):
     wave: Tensor  # (B, N)
     codes: Tensor  # (B, T, K) int64
@@ -242,47 +301,66 @@ class RVQTokenizer(AudioTokenizer):
         books = {"dim": config.codebook_dim, "n_codes": config.codebook_size, "decay": config.codebook_decay}
         self.semantic = ResidualQuantizer(config.n_semantic, **books)
         self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, **books)
-        self.semantic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
-        self.acoustic_out = nn.Linear(config.codebook_dim, config.codebook_dim, bias=False)
+        self.semantic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
+        self.acoustic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
         self.decoder = Decoder(config)
+        self.exact: ExactEncoder | None = None  # made at the first use
 
     @property
     def device(self) -> torch.device:
         return self.semantic_out.weight.device
 
-    def latents(self, wave: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T * FRAME_SAMPLES) -> content and acoustic latents before quantisation, each (B, T, codebook_dim)."""
-        content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave), wave.device))
+    def latents(self, wave: Tensor, warps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T * FRAME_SAMPLES) -> content and acoustic latents before quantisation, each (B, T, codebook_dim).
+
+        `warps` (B,) as in `Encoder.forward`.
+        """
+        content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave)), warps)
         return content, acoustic
 
     def synthesize(self, content: Tensor, acoustic: Tensor) -> Tensor:
         """Latents after quantisation, each (B, T, codebook_dim) -> (B, T * FRAME_SAMPLES), aligned with the input."""
         mixed = self.semantic_out(content) + self.acoustic_out(acoustic)
-        wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed), mixed.device))
+        wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed)))
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
-    def autoencode(self, wave: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0) -> Tensor:
+    def autoencode(
+        self, wave: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0, warps: Tensor | None = None
+    ) -> Tensor:
         """Without quantisation: (B, N) -> (B, N). Samples with `acoustic_depth` (B,) of 0 use the content alone.
 
         The gradient of the reconstruction reaches the content branch times `content_gradient`.
         """
-        content, acoustic = self.latents(wave)
+        content, acoustic = self.latents(wave, warps)
         content = scale_gradient(content, content_gradient)
         return self.synthesize(content, acoustic * (acoustic_depth > 0).view(-1, 1, 1))
 
     def forward(
-        self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0
+        self,
+        wave: Tensor,
+        semantic_depth: Tensor,
+        acoustic_depth: Tensor,
+        content_gradient: float = 1.0,
+        warps: Tensor | None = None,
     ) -> Reconstruction:
         """(B, T * FRAME_SAMPLES) and the codebooks each sample keeps (B,) -> reconstruction through the quantisers."""
-        content, acoustic = self.latents(wave)
+        content, acoustic = self.latents(wave, warps)
         semantic = self.semantic(scale_gradient(content, content_gradient), semantic_depth)
         detail = self.acoustic(acoustic, acoustic_depth)
         codes = torch.cat([semantic.codes, detail.codes], dim=-1)
         commitment = (semantic.commitment + detail.commitment) / 2
         return Reconstruction(self.synthesize(semantic.latents, detail.latents), codes, commitment)
 
+    def decode_frozen(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Tensor:
+        """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N)."""
+        with torch.no_grad():
+            content, acoustic = self.latents(wave)
+            content = self.semantic.nearest(content, semantic_depth)
+            acoustic = self.acoustic.nearest(acoustic, acoustic_depth)
+        return self.synthesize(content, acoustic)
+
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, T, K') -> the decoder's input (B, T, codebook_dim)."""
+        """(B, T, K') -> the decoder's input (B, T, d_branch)."""
         n_semantic = self.config.n_semantic
         mixed = self.semantic_out(self.semantic.decode(codes[..., :n_semantic]))
         if codes.size(-1) > n_semantic:
@@ -290,15 +368,17 @@ class RVQTokenizer(AudioTokenizer):
         return mixed
 
     def encoder_state(self, batch_size: int) -> EncoderState:
-        return self.encoder.initial_state(batch_size, self.device)
+        self.exact = self.exact if self.exact and self.exact.is_of(self) else ExactEncoder(self)
+        return self.exact.encoder.initial_state(batch_size)
 
     def encode_frames(self, wave: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
         """(B, T * FRAME_SAMPLES) -> (B, T, K) and the new state."""
-        content, acoustic, state = self.encoder(wave, state)
-        return torch.cat([self.semantic.encode(content), self.acoustic.encode(acoustic)], dim=-1), state
+        content, acoustic, state = self.exact.encoder(wave.to(state.samples), state)
+        books = (self.exact.semantic, self.exact.acoustic)
+        return torch.cat([b.encode(x) for b, x in zip(books, (content, acoustic), strict=True)], dim=-1), state
 
     def decoder_state(self, batch_size: int) -> DecoderState:
-        return self.decoder.initial_state(batch_size, self.device)
+        return self.decoder.initial_state(batch_size)
 
     def decode_frames(self, codes: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """(B, T, K') -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the new state."""

@@ -11,11 +11,27 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A file imports only files of lower levels. The last level holds the scripts, which nothing imports.
 LEVELS = (
-    {"audio", "checkpointing", "command_line", "frames", "muon"},
-    {"audio_tokenizer", "codec_batches", "prosody", "residual_quantizer", "run_folder", "text_tokenizer"},
-    {"codec_losses", "conversational_memory", "mimi_tokenizer", "semantic_supervision", "transformer", "turn_shards"},
+    {"audio", "checkpointing", "command_line", "frames", "muon", "ranks"},
+    {
+        "audio_tokenizer",
+        "codec_batches",
+        "codec_discriminators",
+        "prosody",
+        "residual_quantizer",
+        "run_folder",
+        "text_tokenizer",
+    },
+    {
+        "codec_losses",
+        "conversational_memory",
+        "mimi_tokenizer",
+        "semantic_supervision",
+        "semantic_teacher",
+        "transformer",
+        "turn_shards",
+    },
     {"cross_attention", "rvq_tokenizer"},
-    {"model_sizes"},
+    {"codec_training", "model_sizes"},
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
     {"codec_probes", "synthetic_voices", "training"},

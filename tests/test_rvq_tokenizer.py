@@ -304,3 +304,74 @@ def test_the_reconstructions_gradient_into_the_content_branch_is_scaled(quantise
     torch.testing.assert_close(0.1 * gradients[0][0], gradients[1][0])
     assert gradients[1][0].abs().sum() > 0
     torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+# another voice for the content branch
+
+
+def test_warped_tone_looks_like_a_higher_tone_to_the_content_branch_alone():
+    torch.manual_seed(0)
+    tokenizer = RVQTokenizer(PRESETS["cpu"])
+    time = torch.arange(8 * FRAME_SAMPLES) / SAMPLE_RATE
+    low, high = (torch.sin(2 * torch.pi * f * time)[None] for f in (1000.0, 1200.0))
+    encoder = tokenizer.encoder
+    warped = encoder.warp(encoder.log_mel(low), torch.tensor([1.2]))
+    before, after = ((mel - encoder.log_mel(high)).abs().mean() for mel in (encoder.log_mel(low), warped))
+    assert after < 0.5 * before
+    plain, heard = tokenizer.latents(low), tokenizer.latents(low, torch.tensor([1.2]))
+    assert torch.equal(plain[1], heard[1]) and not torch.allclose(plain[0], heard[0], atol=1e-3)
+    torch.testing.assert_close(tokenizer.latents(low, torch.ones(1))[0], plain[0])
+
+
+# exact codes
+
+
+def test_codes_do_not_depend_on_how_the_audio_is_cut():
+    """Trained-like codebooks lie close together: many near ties. In float32 some of them go the other way."""
+    torch.manual_seed(0)
+    tokenizer = RVQTokenizer(dataclasses.replace(PRESETS["debug"], codebook_size=512)).eval()
+    wave = 0.1 * torch.randn(2, 60 * FRAME_SAMPLES)
+    content, acoustic = tokenizer.latents(wave)
+    cloud = torch.randn(2048, 8, generator=torch.Generator().manual_seed(1))
+    for stack, latents in ((tokenizer.semantic, content), (tokenizer.acoustic, acoustic)):
+        stack.fit(cloud * latents.std(), 64, torch.Generator())  # deep levels hold equal codes
+    whole = tokenizer.encode(wave)
+    for pieces in (1, 777, FRAME_SAMPLES, 5 * FRAME_SAMPLES + 3):
+        stream = tokenizer.encoder_stream(2)
+        if pieces == 1:
+            parts = [stream.push(wave[:, :1]), stream.push(wave[:, 1:])]
+        else:
+            parts = [stream.push(piece) for piece in wave.split(pieces, dim=1)]
+        assert torch.equal(torch.cat([*parts, stream.flush()], dim=1), whole)
+
+
+def test_codes_follow_the_weights_after_every_kind_of_change():
+    """The float64 copy is made anew when weights or codebooks have changed in place or were loaded."""
+    torch.manual_seed(0)
+    tokenizer, wave = RVQTokenizer(PRESETS["debug"]), 0.1 * torch.randn(1, 20 * FRAME_SAMPLES)
+    tokenizer.semantic.fit(torch.randn(64, 8), 16, torch.Generator())
+    before, first = tokenizer.encode(wave), tokenizer.exact
+    assert torch.equal(tokenizer.encode(wave), before) and tokenizer.exact is first
+    with torch.no_grad():
+        tokenizer.encoder.content_out[1].weight.neg_()
+    assert not torch.equal(tokenizer.encode(wave), before) and tokenizer.exact is not first
+    torch.manual_seed(5)
+    other = RVQTokenizer(PRESETS["debug"])
+    tokenizer.load_state_dict(other.state_dict())
+    assert torch.equal(tokenizer.encode(wave), other.encode(wave))
+
+
+def test_frozen_decoding_equals_decoding_the_codes_and_teaches_the_decoder_alone():
+    torch.manual_seed(0)
+    tokenizer, wave = RVQTokenizer(PRESETS["debug"]), 0.1 * torch.randn(2, 20 * FRAME_SAMPLES)
+    for stack, latents in zip((tokenizer.semantic, tokenizer.acoustic), tokenizer.latents(wave), strict=True):
+        stack.fit(latents.detach().flatten(0, 1).repeat(2, 1), 16, torch.Generator())
+    before = tokenizer.semantic.levels[0].codebook.clone()
+    frozen = tokenizer.decode_frozen(wave, torch.tensor([10, 4]), torch.tensor([22, 0]))
+    codes = tokenizer.encode(wave)
+    torch.testing.assert_close(frozen[:1], tokenizer.decode(codes[:1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(frozen[1:], tokenizer.decode(codes[1:, :, :4]), rtol=0, atol=1e-5)
+    frozen.square().mean().backward()
+    assert all(p.grad is None for p in tokenizer.encoder.parameters())
+    assert all(p.grad is not None for p in tokenizer.decoder.parameters())
+    assert torch.equal(tokenizer.semantic.levels[0].codebook, before)

@@ -78,7 +78,7 @@ def spoken_letters(n: int, generator: torch.Generator) -> tuple[torch.Tensor, Se
     latents[..., 7] += speakers[:, None]
     frames, characters = torch.full((n,), 15), torch.full((n,), 5)
     wave = torch.zeros(n, 15 * FRAME_SAMPLES)
-    return latents, SemanticBatch(wave, frames, (letters + 1).flatten(), characters, speakers)
+    return latents, SemanticBatch(wave, frames, (letters + 1).flatten(), characters, speakers, torch.zeros(n, 15, 0))
 
 
 def test_characters_and_speakers_are_learnt_from_latents_that_tell_them():
@@ -87,7 +87,7 @@ def test_characters_and_speakers_are_learnt_from_latents_that_tell_them():
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
-        nats, speaker = heads(*spoken_letters(16, generator), reversal=0.1)
+        nats, speaker, _ = heads(*spoken_letters(16, generator), reversal=0.1)
         optimizer.zero_grad()
         (nats + speaker).backward()
         optimizer.step()
@@ -101,10 +101,10 @@ def test_the_speaker_is_taken_out_of_the_latents_and_the_words_are_not():
     heads = SemanticHeads(8, 4, 2, width=32)
     latents, batch = spoken_letters(8, torch.Generator().manual_seed(1))
     latents.requires_grad_()
-    _, speaker = heads(latents, batch, reversal=1.0)
+    _, speaker, _ = heads(latents, batch, reversal=1.0)
     (against,) = torch.autograd.grad(speaker, latents)
     latents.grad = None
-    _, speaker = heads(latents, batch, reversal=-1.0)
+    _, speaker, _ = heads(latents, batch, reversal=-1.0)
     (along,) = torch.autograd.grad(speaker, latents)
     torch.testing.assert_close(against, -along)
     assert against.abs().sum() > 0

@@ -1,0 +1,449 @@
+"""Training of the speech codec: what one run holds, its losses in three stages, one step.
+
+Stage A: a continuous autoencoder. Stage B: all codebooks, after k-means, level by level. Stage C: the encoder and the
+codebooks are frozen, so the codes are final, and the decoder alone goes on, at half the cost of a step and, if asked,
+against discriminators (the schedule of AudioDec, arXiv 2305.16608, 3.2, and MagiCodec, arXiv 2506.00385, 3.3).
+
+Everything is a function of settings, data and step: batches, depths and random draws need no state of their own, and
+N processes take the steps of one. Letters: B batch, N samples, T frames, K codebooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from audio import FRAME_SAMPLES
+from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_prefixes, draw_warps
+from codec_discriminators import DISCRIMINATORS, Discriminators, fooling_loss, telling_loss
+from codec_losses import SpectralDistance
+from muon import Muon
+from ranks import Ranks
+from rvq_tokenizer import PRESETS, RVQTokenizer
+from semantic_supervision import SemanticHeads
+from semantic_teacher import TEACHERS
+
+FIT_VECTORS = 8  # per code, for k-means
+CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    preset: str = "cpu"
+    max_steps: int = 1000
+    stage_a: float = 0.3
+    stage_c: float = 0.0
+    batch_size: int = 8
+    crop_frames: int = 12
+    lr: float = 2e-3
+    warmup: int = 50
+    ema_decay: float = 0.998
+    ctc_weight: float = 0.0
+    speaker_weight: float = 0.1
+    teacher: str = ""
+    teacher_weight: float = 1.0
+    content_gradient: float = 1.0
+    warped: float = 0.0
+    adversarial: float = 0.0
+    discriminators: str = "light"
+    eval_every: int = 200
+    save_every: int = 250
+    precision: str = "auto"
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset} is not one of {', '.join(PRESETS)}")
+        if self.discriminators not in DISCRIMINATORS:
+            raise ValueError(f"discriminators={self.discriminators} is not one of {', '.join(DISCRIMINATORS)}")
+        if self.teacher and (self.teacher not in TEACHERS or not self.ctc_weight):
+            raise ValueError(f"teacher={self.teacher} is none of {', '.join(TEACHERS)}, or ctc_weight is 0")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision={self.precision} is not one of auto, fp32, bf16")
+        for name in ("stage_a", "stage_c", "ema_decay", "warped"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.stage_a + self.stage_c >= 1:
+            raise ValueError(f"stage_a={self.stage_a} and stage_c={self.stage_c} leave nothing to stage B")
+        for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("ctc_weight", "speaker_weight", "teacher_weight", "content_gradient", "adversarial", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.adversarial and not self.stage_c:
+            raise ValueError(f"adversarial={self.adversarial} needs a stage_c above 0")
+        if self.crop_frames < 4:
+            raise ValueError(f"crop_frames={self.crop_frames} must be at least 4")
+
+    @property
+    def first_quantised_step(self) -> int:
+        return int(self.stage_a * self.max_steps)
+
+    @property
+    def first_decoder_step(self) -> int:
+        return self.max_steps - int(self.stage_c * self.max_steps)
+
+    def stage(self, step: int) -> str:
+        if step < self.first_quantised_step:
+            return CONTINUOUS
+        return QUANTISED if step < self.first_decoder_step else DECODER
+
+
+HELP = {
+    "preset": f"size of the codec: {', '.join(PRESETS)}",
+    "max_steps": "optimizer steps",
+    "stage_a": "share of the steps without quantisers, at the start",
+    "stage_c": "share of the steps for the decoder alone, at the end, with final codes",
+    "batch_size": "crops per step, of all processes together",
+    "crop_frames": "codec frames per crop, 80 ms each",
+    "lr": "highest learning rate",
+    "warmup": "steps until the learning rate is reached",
+    "ema_decay": "of the weight average that is evaluated and exported",
+    "ctc_weight": "of the characters that the semantic codebooks must tell, every second step; 0 = not asked",
+    "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
+    "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; used with ctc_weight",
+    "teacher_weight": "of 1 - cosine to the teacher's features",
+    "content_gradient": "the reconstruction's gradient into the content branch is multiplied by it",
+    "warped": "share of the crops whose content branch hears another voice, all frequencies higher or lower",
+    "adversarial": "size of the discriminators' gradient beside the spectral losses' in stage C; 0 = none",
+    "discriminators": f"size of the discriminators: {', '.join(DISCRIMINATORS)}",
+    "eval_every": "steps between evaluations on held-out clips",
+    "save_every": "steps between state files",
+    "precision": "fp32, bf16, or auto: the faster one, measured once at the start",
+    "threads": "CPU threads, or 0: one or all cores, whichever is faster, measured once at the start",
+    "seed": "of the weights, the crops and the depths",
+}
+
+
+def lr_at(step: int, c: TrainConfig, decoder: bool = False) -> float:
+    """Linear warmup, constant, then cosine to zero: over stage B, for the decoder over the stage that is its last."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    begin, end = c.first_quantised_step, c.first_decoder_step
+    if decoder and c.stage_c:
+        begin, end = end, c.max_steps
+    progress = (step - begin) / max(1, end - begin)
+    return c.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+@dataclass
+class Run:
+    """What one training run holds; `state` and `restore` are its checkpoint."""
+
+    config: TrainConfig
+    crops: Crops
+    held_out: list[Tensor]  # each (1, N)
+    model: RVQTokenizer
+    average: RVQTokenizer  # moving average of the weights; its codebooks are copied when it is used
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    distance: SpectralDistance
+    device: torch.device
+    utterances: Utterances | None = None  # what the heads learn from; None: no semantic supervision
+    heads: SemanticHeads | None = None
+    discriminators: Discriminators | None = None
+    teller: torch.optim.Optimizer | None = None  # of the discriminators
+    ranks: Ranks = field(default_factory=Ranks)
+    step: int = 0
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """Everything with a state, by name."""
+        parts = {"model": self.model, "heads": self.heads}
+        parts |= {"discriminators": self.discriminators, "teller": self.teller}
+        parts |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state(self) -> dict:
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return {**state, "average": dict(self.average.named_parameters())}
+
+    def restore(self, state: dict) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.average.load_state_dict(state["average"], strict=False)
+        self.step = state["step"]
+        if self.config.stage(self.step) == DECODER and self.step > self.config.first_decoder_step:
+            self.freeze_codes()
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Decay grows from 0.1 so that the average forgets the random start."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def averaged(self) -> RVQTokenizer:
+        """The model to evaluate and export: averaged weights with the present codebooks."""
+        for own, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(buffer)
+        return self.average.eval()
+
+    @torch.no_grad()
+    def begin_decoder_stage(self) -> None:
+        """The averaged encoder becomes the encoder, for good: from here on every clip keeps its codes."""
+        self.model.encoder.load_state_dict(self.average.encoder.state_dict())
+        self.freeze_codes()
+
+    def freeze_codes(self) -> None:
+        """The encoder and the codebooks take no gradient; their optimizer steps pass them over."""
+        for part in (self.model.encoder, self.model.semantic, self.model.acoustic):
+            part.requires_grad_(False)
+
+
+def build_run(
+    config: TrainConfig,
+    crops: Crops,
+    held_out: list[Tensor],
+    device: torch.device,
+    utterances: Utterances | None = None,
+    ranks: Ranks | None = None,
+) -> Run:
+    """ValueError: semantic supervision asked for without texts, or a batch that the processes cannot share."""
+    ranks = ranks or Ranks()
+    ranks.share_of(config.batch_size)
+    torch.manual_seed(config.seed)
+    model = RVQTokenizer(PRESETS[config.preset]).to(device).train()
+    average = copy.deepcopy(model).requires_grad_(False)
+    heads = discriminators = teller = None
+    if config.ctc_weight:
+        if utterances is None or not utterances.items:
+            raise ValueError("ctc_weight: no training clip has a text that fits its length; collect some, or give 0")
+        sizes = (len(utterances.alphabet), len(utterances.speakers), utterances.feature_width)
+        heads = SemanticHeads(model.config.codebook_dim, *sizes).to(device)
+    if config.adversarial:
+        discriminators = Discriminators(DISCRIMINATORS[config.discriminators]).to(device)
+        teller = torch.optim.AdamW(discriminators.parameters(), lr=config.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    return Run(
+        config,
+        crops,
+        [clip.to(device) for clip in held_out],
+        model,
+        average,
+        make_optimizers(model, config, heads),
+        SpectralDistance().to(device),
+        device,
+        utterances,
+        heads,
+        discriminators,
+        teller,
+        ranks,
+    )
+
+
+def make_optimizers(
+    model: RVQTokenizer, c: TrainConfig, heads: SemanticHeads | None
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices between hidden layers, AdamW for all else (first and last layers, norms, convolutions).
+
+    Each has a group for the decoder's side and one for the rest, whose rates end at different steps. After 250 steps
+    of the continuous autoencoder Muon is where AdamW alone is after 2,000; a step costs 2.5 times as much. Call it
+    again when the precision has been chosen.
+    """
+    groups = {(side, muon): [] for side in (True, False) for muon in (True, False)}
+    for name, p in model.named_parameters():
+        muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight"))
+        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.")), muon].append(p)
+    groups[False, False] += [] if heads is None else heads.parameters()
+    dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
+    others, matrices = (
+        [{"params": groups[side, muon], "decoder": side} for side in (True, False)] for muon in (False, True)
+    )
+    return (
+        torch.optim.AdamW(others, lr=c.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True),
+        Muon(matrices, lr=2 * c.lr, weight_decay=1e-3, dtype=dtype),  # bears twice the rate of AdamW
+    )
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def reconstruct(
+    run: Run, wave: Tensor, depths: Depths, stage: str, warps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(B, N) -> the reconstruction without its last 30 ms, where the decoder lacks the frames to come; commitment."""
+    share, commitment = run.config.content_gradient, wave.new_zeros(())
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        if stage == CONTINUOUS:
+            estimate = run.model.autoencode(wave, depths.acoustic, share, warps)
+        elif stage == QUANTISED:
+            estimate, _, commitment = run.model(wave, *depths, share, warps)
+        else:
+            estimate = run.model.decode_frozen(wave, *depths)
+    return estimate[:, : wave.size(1) - run.model.delay_samples], commitment
+
+
+def spectral_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor]:
+    """Weighted loss and its parts."""
+    mel, magnitude = run.distance(estimate, wave[:, : estimate.size(1)])
+    # magnitudes of speech are about 0.01: at this weight the strong harmonics count as much as the logarithms, which
+    # see all bands alike; with a weight of 2, STOI was 4 points lower after 250 steps
+    return {"loss": 4 * mel + 800 * magnitude, "mel": mel, "magnitude": magnitude}
+
+
+def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
+    """What the heads read from the content latents of whole utterances; the first codebooks must do for some.
+
+    The reversed speaker gradient grows with the steps: words first.
+    """
+    c, model = run.config, run.model
+    mine = run.ranks.share_of(c.batch_size)
+    batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, c.batch_size, mine)))
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+        latents = model.latents(batch.wave, warps_of(run))[0]
+        if stage == QUANTISED:
+            prefixes = draw_prefixes(c.seed, run.step, c.batch_size, model.config.n_semantic)[mine]
+            latents = model.semantic(latents, prefixes.to(run.device)).latents
+        reversal = c.speaker_weight * run.step / c.max_steps
+        nats = run.heads(latents.float(), batch, reversal)
+    loss = c.ctc_weight * nats.characters + nats.speaker + c.teacher_weight * nats.teacher
+    return {"loss": loss, **nats._asdict()}
+
+
+def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor]:
+    """A step of the discriminators on the same crops, then what they want of the decoder."""
+    real = wave[:, : estimate.size(1)]
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        telling = telling_loss(run.discriminators(real), run.discriminators(estimate.detach()))
+    telling.backward()
+    run.ranks.average_gradients(run.discriminators.parameters())
+    nn.utils.clip_grad_norm_(run.discriminators.parameters(), 1.0)
+    run.teller.step()
+    run.discriminators.requires_grad_(False)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        with torch.no_grad():
+            wanted = run.discriminators(real)
+        fooling = fooling_loss(wanted, run.discriminators(estimate))
+    run.discriminators.requires_grad_(True)
+    run.teller.zero_grad(set_to_none=True)
+    return {"loss": fooling, "fooling": fooling, "telling": telling}
+
+
+def backward_balanced(run: Run, estimate: Tensor, spectral: Tensor, adversarial: Tensor) -> None:
+    """Backward of both losses; on the waveform the adversarial gradient is `adversarial` times as long as the other.
+
+    The balancer of EnCodec (arXiv 2210.13438, 3.4) for two losses, without its moving averages.
+    """
+    ours, theirs = (torch.autograd.grad(loss, estimate, retain_graph=True)[0] for loss in (spectral, adversarial))
+    norms = run.ranks.mean(torch.stack([ours.square().sum(), theirs.square().sum()])).sqrt()
+    estimate.backward(ours + run.config.adversarial * norms[0] / norms[1].clamp(min=1e-12) * theirs)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One optimizer step. FloatingPointError before the update if the gradient is not finite."""
+    c, step = run.config, run.step
+    stage, mine = c.stage(step), run.ranks.share_of(c.batch_size)
+    if step == c.first_decoder_step:
+        run.begin_decoder_stage()
+    torch.manual_seed(1_000_003 * c.seed + step)  # dead codes are drawn anew: the same ones after a resume
+    set_rates(run)
+    wave = run.crops.batch(c.seed, step, c.batch_size, c.crop_frames * FRAME_SAMPLES)[mine].to(run.device)
+    shape = run.model.config
+    depths = draw_depths(c.seed, step, c.batch_size, shape.n_semantic, shape.n_acoustic_codebooks)
+    depths = Depths(*(depth[mine].to(run.device) for depth in depths))
+    estimate, commitment = reconstruct(run, wave, depths, stage, warps_of(run))
+    terms = {**spectral_terms(run, estimate, wave), "commitment": commitment}
+    if stage == DECODER and run.discriminators is not None:
+        fooled = adversarial_terms(run, estimate, wave)
+        backward_balanced(run, estimate, terms["loss"], fooled.pop("loss"))
+        terms |= fooled
+    else:
+        (terms["loss"] + 0.25 * commitment).backward()
+    if run.heads is not None and step % 2 == 0 and stage != DECODER:
+        semantic = semantic_terms(run, stage)
+        semantic.pop("loss").backward()
+        terms |= semantic
+    return {**update(run, terms), "train/lr": lr_at(step, c, decoder=True)}
+
+
+def warps_of(run: Run) -> Tensor | None:
+    """(B,) by how much the content branch hears each sample of this step higher."""
+    c = run.config
+    if not c.warped:
+        return None
+    return draw_warps(c.seed, run.step, c.batch_size, c.warped)[run.ranks.share_of(c.batch_size)].to(run.device)
+
+
+def set_rates(run: Run) -> None:
+    for optimizer, factor in zip(run.optimizers, (1, 2), strict=True):  # Muon bears twice the rate of AdamW
+        for group in optimizer.param_groups:
+            group["lr"] = factor * lr_at(run.step, run.config, group["decoder"])
+    for group in run.teller.param_groups if run.teller is not None else ():
+        group["lr"] = run.config.lr / 4
+
+
+def update(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
+    """The step along the gradients of all processes; the scalars to log."""
+    learning = [p for group in run.optimizers for g in group.param_groups for p in g["params"] if p.requires_grad]
+    run.ranks.average_gradients(learning)
+    norm = nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], 5.0)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {run.step}: gradient norm is {norm.item()}; stopped before the update")
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.update_average()
+    values = run.ranks.mean(torch.stack([term.detach().float() for term in terms.values()])).tolist()
+    scalars = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
+    return {**scalars, "train/grad_norm": norm.item()}
+
+
+@torch.no_grad()
+def fit_codebooks(run: Run) -> None:
+    """k-means of all levels on latents of random crops; a function of the weights and the seed."""
+    c, shape = run.config, run.model.config
+    tokens = c.batch_size * c.crop_frames
+    n_batches = math.ceil(FIT_VECTORS * shape.codebook_size / tokens)
+    latents = []
+    for index in range(n_batches):
+        wave = run.crops.batch(c.seed + 1, index, c.batch_size, c.crop_frames * FRAME_SAMPLES).to(run.device)
+        latents.append(run.model.latents(wave))
+    generator = torch.Generator().manual_seed(c.seed)
+    for quantiser, branch in zip((run.model.semantic, run.model.acoustic), zip(*latents, strict=True), strict=True):
+        quantiser.fit(torch.cat(branch).flatten(0, 1), tokens, generator)
+        run.ranks.copy_from_first(quantiser.buffers())
+
+
+def fastest(run: Run) -> tuple[str, int]:
+    """Precision and CPU threads, by timing a step with each combination that the flags leave open.
+
+    bf16 must save at least a tenth. Two threads can be slower than one where other programs are busy. Leaves weights
+    and the random state alone; the threads in use are the best ones afterwards.
+    """
+    c = run.config
+    most = torch.get_num_threads()
+    threads_open = [c.threads] if c.threads else sorted({1, most}) if run.device.type == "cpu" else [most]
+    precisions_open = ["fp32", "bf16"] if c.precision == "auto" else [c.precision]
+    wave = run.crops.batch(c.seed, 0, c.batch_size // run.ranks.n, c.crop_frames * FRAME_SAMPLES).to(run.device)
+    depths = Depths(*torch.ones(2, len(wave), dtype=torch.int64, device=run.device))
+    cost = {}
+    for precision in precisions_open if len(threads_open) * len(precisions_open) > 1 else ():
+        trial = dataclasses.replace(run, config=dataclasses.replace(c, precision=precision))
+        for threads in threads_open:
+            torch.set_num_threads(threads)
+            seconds = [time_step(trial, wave, depths) for _ in range(3)]  # the first one pays for allocations
+            cost[precision, threads] = min(seconds) * (1 / 0.9 if precision == "bf16" else 1)
+    best = min(cost, key=cost.get) if cost else (precisions_open[0], threads_open[0])
+    precision, threads = run.ranks.from_first(best)
+    torch.set_num_threads(threads)
+    return precision, threads
+
+
+def time_step(run: Run, wave: Tensor, depths: Depths) -> float:
+    """Seconds of one forward and backward pass without quantisers; gradients are dropped."""
+    begin = time.perf_counter()
+    estimate, _ = reconstruct(run, wave, depths, CONTINUOUS)
+    spectral_terms(run, estimate, wave)["loss"].backward()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    run.model.zero_grad(set_to_none=True)
+    return seconds

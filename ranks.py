@@ -1,0 +1,115 @@
+"""The processes of one training run: alone, or one per GPU (or CPU core) under `torchrun`.
+
+Each process works on its share of every batch; gradients are averaged, so that N processes take the steps that one
+would take with the whole batch. Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # for the first process's measuring and preparing; torchrun ends all if one fails
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `n`; with one process nothing is exchanged."""
+
+    rank: int = 0
+    n: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The process that writes, prints and measures."""
+        return self.rank == 0
+
+    def share_of(self, batch_size: int) -> slice:
+        """Rows of a global batch that this process works on. ValueError if they do not divide evenly."""
+        if batch_size % self.n:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the {self.n} processes")
+        each = batch_size // self.n
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Every gradient becomes its mean over the processes. A parameter without one counts as zeros if another
+        process has one for it."""
+        if self.n == 1:
+            return
+        parameters = list(parameters)
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= self.n
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of a tensor of the same shape in every process."""
+        if self.n > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.n
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in at least one process."""
+        if self.n == 1:
+            return flag
+        found = [None] * self.n
+        dist.all_gather_object(found, flag)
+        return any(found)
+
+    def from_first(self, value: T) -> T:
+        """What the first process holds, in all of them. Plain values."""
+        if self.n == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait_for_first(self, work: Callable[[], object]) -> None:
+        """The first process does the work, the others wait until it is done."""
+        if self.first:
+            work()
+        if self.n > 1:
+            dist.barrier()
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        for tensor in tensors if self.n > 1 else ():
+            dist.broadcast(tensor, src=0)
+
+
+@contextlib.contextmanager
+def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """This process's place as `torchrun` set it (RANK, WORLD_SIZE, LOCAL_RANK), and its device; alone without torchrun.
+
+    Processes talk by NCCL on GPUs and by Gloo on CPUs. ValueError: more processes here than GPUs.
+    """
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if n == 1:
+        yield Ranks(), device
+        return
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+                f"start torchrun with --nproc_per_node {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), n), device
+    finally:
+        dist.destroy_process_group()

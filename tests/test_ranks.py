@@ -1,0 +1,157 @@
+"""Several processes: shares, means, agreement; the tokenizer's training on two processes against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ranks import Ranks, join_ranks
+from run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"preset": "debug", "max_steps": 6, "stage_a": 0.34, "stage_c": 0.34, "batch_size": 4, "crop_frames": 4}
+FLAGS |= {"eval_every": 100, "precision": "fp32", "warmup": 2, "threads": 1, "device": "cpu", "lr": 1e-3}
+FLAGS |= {"ctc_weight": 1.0, "content_gradient": 0.1, "adversarial": 0.5}
+EXCHANGES = """
+import os, torch
+from ranks import join_ranks
+with join_ranks(torch.device("cpu")) as (ranks, device):
+    assert ranks.n == 2 and ranks.rank == int(os.environ["RANK"])
+    a, b, c = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    a.grad = torch.tensor([1.0, 2.0]) * (1 + ranks.rank)
+    if ranks.rank == 1:
+        b.grad = torch.tensor([4.0, 0.0])
+    ranks.average_gradients([a, b, c])
+    assert a.grad.tolist() == [1.5, 3.0] and b.grad.tolist() == [2.0, 0.0] and c.grad.tolist() == [0.0, 0.0]
+    assert ranks.mean(torch.tensor(float(ranks.rank))).item() == 0.5
+    assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+    assert ranks.from_first({"rank": ranks.rank}) == {"rank": 0}
+    own = torch.full((2,), float(ranks.rank))
+    ranks.copy_from_first([own])
+    assert own.tolist() == [0.0, 0.0]
+    assert ranks.share_of(6) == slice(3 * ranks.rank, 3 * ranks.rank + 3)
+"""
+
+
+WITHOUT_DEAD_CODES = """
+import residual_quantizer, sys
+residual_quantizer.ResidualQuantizer.DEAD = 0
+import train_tokenizer
+sys.exit(train_tokenizer.run(train_tokenizer.main))
+"""
+SAME_CODEBOOKS = """
+import hashlib, numpy as np, torch
+from codec_batches import Crops
+from codec_training import TrainConfig, build_run, fit_codebooks, train_step
+from ranks import join_ranks
+from residual_quantizer import ResidualQuantizer
+ResidualQuantizer.DEAD = 0.9
+random = np.random.default_rng(0)
+crops = Crops([0.1 * random.standard_normal(48_000).astype(np.float32) for _ in range(4)])
+config = TrainConfig(preset="debug", max_steps=6, stage_a=0, batch_size=4, crop_frames=4, precision="fp32", threads=1)
+with join_ranks(torch.device("cpu")) as (ranks, device):
+    run = build_run(config, crops, [], device, None, ranks)
+    fit_codebooks(run)
+    fitted = run.model.acoustic.levels[0].codebook.clone()
+    for run.step in range(4):
+        train_step(run)
+    state = b"".join(t.numpy().tobytes() for t in run.model.state_dict().values())
+    assert ranks.from_first(hashlib.sha256(state).hexdigest()) == hashlib.sha256(state).hexdigest()
+    assert (fitted - run.model.acoustic.levels[0].codebook).abs().max() > 1e-3
+"""
+
+
+def torchrun(*command: str, n: int = 2, timeout: int = 240) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def train_on(n: int, data: Path, out: Path, script: Path = ROOT / "train_tokenizer.py", **changes):
+    flags = {"data": data, "out": out, **FLAGS, **changes}
+    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return torchrun(str(script), *words, n=n)
+
+
+def tolerance(step: int) -> float:
+    """The first gradient is exact; the first steps of Adam follow its signs, also those of nearly zero."""
+    return 1e-4 if step == 0 else 0.1
+
+
+def test_alone_nothing_is_exchanged():
+    with join_ranks(torch.device("cpu")) as (ranks, device):
+        assert ranks == Ranks(0, 1) and ranks.first and device.type == "cpu"
+        value = torch.ones(2)
+        assert ranks.mean(value) is value and ranks.any(True) and not ranks.any(False)
+        assert ranks.share_of(5) == slice(0, 5)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch_size=5 must be a multiple of the 2 processes"):
+        Ranks(0, 2).share_of(5)
+
+
+def test_two_processes_exchange(tmp_path):
+    script = tmp_path / "exchanges.py"
+    script.write_text(EXCHANGES)
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_train_the_tokenizer_that_one_trains(shared_data, tmp_path):
+    """With characters, speakers and discriminators; the same codebooks and weights.
+
+    Stage A has its own test: k-means turns differences of a last bit into other codebooks. So do dead codes, which
+    are drawn anew from other vectors where there are more processes.
+    """
+    script = tmp_path / "train.py"
+    script.write_text(WITHOUT_DEAD_CODES)
+    logs = []
+    for n in (1, 2):
+        done = train_on(n, shared_data, tmp_path / str(n), script, stage_a=0)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{n} process(es)" in done.stdout and done.stdout.count("tokenizer in") == 1
+        logs.append(read_metrics(tmp_path / str(n)))
+    for one, two in zip(*logs, strict=True):
+        assert two == pytest.approx(one, rel=tolerance(one["step"]), abs=1e-5), one["step"]
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0.02, atol=2e-3)
+
+
+def test_processes_keep_the_same_codebooks_when_dead_codes_are_drawn_anew(tmp_path):
+    script = tmp_path / "codebooks.py"
+    script.write_text(SAME_CODEBOOKS)
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_learn_the_continuous_codec_of_one_and_go_on_as_one(shared_data, tmp_path):
+    """Stage A; and the state of a run says nothing of the number of processes."""
+    for n in (1, 2):
+        done = train_on(n, shared_data, tmp_path / str(n), save_every=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (read_metrics(tmp_path / n)[:2] for n in ("1", "2"))
+    assert len(ours) == 2 and ours[0]["train/characters"] > 0
+    for one, two in zip(ours, theirs, strict=True):
+        assert two == pytest.approx(one, rel=tolerance(one["step"]))
+    out = tmp_path / "2"
+    whole = load_file(out / "model.safetensors")
+    for name in ("results.json", "model.safetensors", "state-00000006.pt"):
+        (out / name).unlink()
+    done = train_on(1, shared_data, out, save_every=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "from step 4 of 6" in done.stdout
+    for name, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0.02, atol=2e-3)
+
+
+def test_a_failing_process_ends_all_with_the_reason(shared_data, tmp_path):
+    done = train_on(2, shared_data, tmp_path, batch_size=3)
+    assert done.returncode != 0 and "must be a multiple of the 2 processes" in done.stderr
