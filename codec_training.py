@@ -29,6 +29,7 @@ from rvq_tokenizer import PRESETS, RVQTokenizer
 from semantic_supervision import SemanticHeads
 from semantic_teacher import TEACHERS
 
+HEADS_FACTOR = 4  # of the heads' learning rate: what reads the codes should not lag behind them
 FIT_VECTORS = 8  # per code, for k-means
 CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
 
@@ -249,11 +250,13 @@ def make_optimizers(
     for name, p in model.named_parameters():
         muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight"))
         groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.")), muon].append(p)
-    groups[False, False] += [] if heads is None else heads.parameters()
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     others, matrices = (
-        [{"params": groups[side, muon], "decoder": side} for side in (True, False)] for muon in (False, True)
+        [{"params": groups[side, muon], "decoder": side, "factor": 1} for side in (True, False)]
+        for muon in (False, True)
     )
+    if heads is not None:
+        others.append({"params": list(heads.parameters()), "decoder": False, "factor": HEADS_FACTOR})
     return (
         torch.optim.AdamW(others, lr=c.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True),
         Muon(matrices, lr=2 * c.lr, weight_decay=1e-3, dtype=dtype),  # bears twice the rate of AdamW
@@ -375,7 +378,7 @@ def warps_of(run: Run) -> Tensor | None:
 def set_rates(run: Run) -> None:
     for optimizer, factor in zip(run.optimizers, (1, 2), strict=True):  # Muon bears twice the rate of AdamW
         for group in optimizer.param_groups:
-            group["lr"] = factor * lr_at(run.step, run.config, group["decoder"])
+            group["lr"] = factor * group["factor"] * lr_at(run.step, run.config, group["decoder"])
     for group in run.teller.param_groups if run.teller is not None else ():
         group["lr"] = run.config.lr / 4
 
