@@ -1,6 +1,9 @@
 """Collect spoken conversations into checked shards: python collect_data.py --sources synthetic --target_hours 0.5
 
-Sources: `synthetic` speaks the dialogues of `corpus/`; `local` takes your own recordings (--input, see --help).
+Sources: `synthetic` speaks the dialogues of `corpus/`; `librispeech` and `libritts_r` are streamed from the Hugging
+Face hub, or read from an unpacked archive (--local librispeech=DIR); `common_voice` comes from Mozilla Data Collective
+or an unpacked release; `fillets` and `asterisk` are recorded speech in Debian packages; `local` takes your own
+recordings (--input, see below).
 Running it again goes on where it stopped. Format: `turn_shards.py`.
 """
 
@@ -8,313 +11,66 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import errno
-import functools
-import hashlib
-import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import synthetic_voices
-from audio import read_audio
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, StopSignals, only_run_in, run
+from command_line import (
+    EXIT_CODES_HELP,
+    EXIT_DONE,
+    EXIT_PARTIAL,
+    MissingRequirement,
+    StopSignals,
+    describe,
+    only_run_in,
+    run,
+)
 from dataset_pipeline import write_conversations
+from debian_speech import asterisk_source, fillets_source
+from public_speech import common_voice_source, libri_source
+from speech_sources import Source, Unit, UnitResult, local_source, synthetic_source
 from turn_shards import (
     Collection,
     Reject,
     ShardWriter,
-    TurnRecord,
-    make_turn,
     read_ledger,
     summarize,
 )
 
-DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 DEFAULT_HOURS = 0.5  # where a source has no end
 BYTES_PER_HOUR = 130e6  # FLAC of 22.05 kHz speech with a reserve; for the check of free space only
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-MANIFESTS = ("manifest.jsonl", "manifest.csv")
-COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence")
 
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
+SOURCES = {
+    "synthetic": lambda args, done: synthetic_source(args.seed, done),
+    "librispeech": lambda args, done: libri_source("librispeech", args.local.get("librispeech"), args.seed, done),
+    "libritts_r": lambda args, done: libri_source("libritts_r", args.local.get("libritts_r"), args.seed, done),
+    "common_voice": lambda args, done: common_voice_source(
+        args.local.get("common_voice"), args.common_voice_release, args.seed, done
+    ),
+    "fillets": lambda args, done: fillets_source(args.local.get("fillets", Path("/")), args.seed, done),
+    "asterisk": lambda args, done: asterisk_source(args.local.get("asterisk", Path("/")), args.seed, done),
+    "local": lambda args, done: local_source(args.input, args.seed, done),
+}
 LOCAL_HELP = """\
 --input DIR: wav, flac, ogg or mp3 files, each with its transcript in a .txt of the same name beside it; a sub-folder is
   a speaker, every file a conversation of its own; or a folder that holds manifest.jsonl or manifest.csv
 --input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker,
   conversation, turn_index, start (seconds from the start of the conversation), language (BCP-47), style, licence (SPDX)
 """
-
-
-class UnitResult(NamedTuple):
-    turns: list[TurnRecord]
-    rejects: list[Reject]
-
-
-class Unit(NamedTuple):
-    """A conversation: collected and committed as a whole."""
-
-    id: str
-    job: Callable[[], UnitResult]  # runs in a worker process
-
-
-@dataclass
-class Source:
-    """Where units come from, and how far this run is with it."""
-
-    name: str
-    version: str
-    units: Iterator[Unit]
-    endless: bool
-    writer: ShardWriter | None = None
-    results: Iterator[tuple[Unit, UnitResult]] | None = None
-    seen: int = 0  # turns of this run
-    rejected: int = 0
-    ended: str | None = None  # why it has nothing more to give
-
-
-def sort_results(results: Iterable[TurnRecord | Reject]) -> UnitResult:
-    results = list(results)
-    return UnitResult(
-        [result for result in results if isinstance(result, TurnRecord)],
-        [result for result in results if isinstance(result, Reject)],
-    )
-
-
-# --- synthetic source ------------------------------------------------------------------------------------------------
-
-
-def synthetic_source(seed: int, done: set[str]) -> Source:
-    """Dialogues without end: every pass has each dialogue once, with new slot values and a new pair of speakers."""
-    synthetic_voices.check_voice()
-    dialogues = synthetic_voices.read_dialogues(DIALOGUES)
-
-    def units() -> Iterator[Unit]:
-        variant = 0
-        while True:
-            order = list(dialogues)
-            random.Random(synthetic_voices.seed_of(seed, "order", variant)).shuffle(order)
-            for dialogue in order:
-                unit_id = f"{dialogue.name}-s{seed}-v{variant}"
-                if unit_id not in done:
-                    yield Unit(unit_id, functools.partial(collect_dialogue, dialogue, seed, variant, unit_id))
-            variant += 1
-
-    return Source("synthetic", "1", units(), endless=True)
-
-
-def collect_dialogue(dialogue: synthetic_voices.Dialogue, seed: int, variant: int, unit_id: str) -> UnitResult:
-    """Speak one variant of a dialogue."""
-    turns = synthetic_voices.speak_dialogue(dialogue, seed, variant)
-    return sort_results(
-        make_turn(
-            turn.samples,
-            turn.sample_rate,
-            turn.text,
-            utt_id=f"synthetic:{unit_id}-{turn.index:02d}",
-            source="synthetic",
-            split_group=f"synthetic:{dialogue.name}",  # all variants share their words
-            conv_key=f"synthetic:{unit_id}",
-            turn_index=turn.index,
-            start_s=round(turn.start_s, 4),
-            end_s=round(turn.start_s + len(turn.samples) / turn.sample_rate, 4),
-            speaker_id=f"synthetic:{turn.speaker}",
-            style=turn.style,
-            voice_parameters=json.dumps(turn.voice_parameters),
-            license=synthetic_voices.LICENSE,
-            license_url="https://creativecommons.org/publicdomain/zero/1.0/",
-            attribution=synthetic_voices.ATTRIBUTION,
-            redistributable=True,
-            synthetic=True,
-        )
-        for turn in turns
-    )
-
-
-# --- local source ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalTurn:
-    """One row of a manifest, or one audio file of a folder. `text` None: its transcript could not be read."""
-
-    audio: Path
-    text: str | None
-    speaker: str = "unknown"
-    conversation: str
-    turn_index: int = 0
-    start: float | None = None
-    language: str = "en"
-    style: str | None = None
-    licence: str = "NOASSERTION"
-    name: str = field(default="")  # audio path as written, for ids
-
-
-def local_source(given: Path, seed: int, done: set[str]) -> Source:
-    """Units of a folder or manifest in an order drawn from `seed`. ValueError, FileNotFoundError: not usable at all."""
-    if not given.exists():
-        raise FileNotFoundError(f"--input {given} does not exist")
-    manifests = [given] if given.is_file() else [given / name for name in MANIFESTS if (given / name).is_file()]
-    rows = read_manifest(manifests[0]) if manifests else read_folder(given)
-    if not any(row.audio.is_file() for row in rows):
-        raise ValueError(f"none of the {len(rows)} audio files named in {manifests[0]} exist, e.g. {rows[0].audio}")
-    conversations: dict[str, list[LocalTurn]] = {}
-    for row in rows:
-        conversations.setdefault(row.conversation, []).append(row)
-
-    units = []
-    for name, turns in conversations.items():
-        turns.sort(key=lambda turn: turn.turn_index)
-        # what the unit holds is part of its id: a mended transcript or file is collected on the next run
-        facts = [(t.name, t.text, t.audio.stat().st_size if t.audio.is_file() else -1) for t in turns]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        if f"{name}-{digest}" not in done:
-            units.append(Unit(f"{name}-{digest}", functools.partial(collect_conversation, name, digest, turns)))
-    units.sort(key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
-    return Source("local", "1", iter(units), endless=False)
-
-
-def read_folder(folder: Path) -> list[LocalTurn]:
-    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise ValueError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) and no {' or '.join(MANIFESTS)} in {folder}")
-    turns = []
-    for path in files:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        try:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8-sig")
-        except (FileNotFoundError, UnicodeDecodeError):
-            text = None
-        speaker = path.parent.relative_to(folder).as_posix()
-        turns.append(
-            LocalTurn(
-                audio=path,
-                text=text,
-                speaker="unknown" if speaker == "." else speaker,
-                conversation=path.relative_to(folder).as_posix(),
-                name=name,
-            )
-        )
-    if all(turn.text is None for turn in turns):
-        raise ValueError(f"no transcripts in {folder}: expected {files[0].with_suffix('.txt')} beside {files[0].name}")
-    return turns
-
-
-def read_manifest(path: Path) -> list[LocalTurn]:
-    """Rows of a JSONL or CSV manifest. ValueError names the columns that are missing, or the bad lines."""
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        raise ValueError(f"--input {path}: expected a folder, a .jsonl or a .csv manifest")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-    rows: list[tuple[int, dict]] = []
-    problems = []
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(content.splitlines(keepends=True))
-        rows = [(reader.line_num, row) for row in reader]
-    else:
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
-                continue
-            if row is not None and not isinstance(row, dict):
-                problems.append(f"line {number}: not an object")
-            elif row is not None:
-                rows.append((number, row))
-    turns = []
-    for number, row in rows:
-        try:
-            turns.append(local_turn(path.parent, row, number))
-        except (ValueError, TypeError) as error:
-            problems.append(f"line {number}: {error}")
-    if problems or not turns:
-        shown = "; ".join(problems[:3] or ["holds no turns"])
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"{path}: {shown}{more}")
-    return turns
-
-
-def local_turn(folder: Path, row: dict, number: int) -> LocalTurn:
-    """One manifest row; `number` places turns that say nothing of their order."""
-    row = {name: value for name, value in row.items() if value not in (None, "") or name == "text"}
-    missing = [name for name in ("audio", "text") if name not in row]
-    if missing:
-        found = ", ".join(map(str, row))
-        raise ValueError(f"column {' and '.join(missing)} missing; found {found}; known are {', '.join(COLUMNS)}")
-    name = str(row["audio"])
-    return LocalTurn(
-        audio=folder / name,
-        text=str(row["text"] or ""),
-        speaker=str(row.get("speaker", "unknown")),
-        conversation=str(row.get("conversation", name)),
-        turn_index=int(row.get("turn_index", number)),
-        start=float(row["start"]) if "start" in row else None,
-        language=str(row.get("language", "en")),
-        style=str(row["style"]) if "style" in row else None,
-        licence=str(row.get("licence", row.get("license", "NOASSERTION"))),
-        name=name,
-    )
-
-
-def collect_conversation(conversation: str, digest: str, turns: list[LocalTurn]) -> UnitResult:
-    """Read, trim and check the turns of one conversation; their level stays as it was recorded."""
-    loaded: list[tuple[LocalTurn, str, np.ndarray, int]] = []
-    results: list[TurnRecord | Reject] = []
-    for position, turn in enumerate(turns):
-        utt_id = f"local:{conversation}-{digest}-{position:04d}"
-        try:
-            samples, rate = read_audio(turn.audio, sample_rate=None)
-        except FileNotFoundError as error:
-            results.append(Reject(utt_id=utt_id, reason="missing_file", detail=str(error)))
-        except ValueError as error:
-            results.append(Reject(utt_id=utt_id, reason="unreadable_audio", detail=str(error)))
-        else:
-            if turn.text is None:
-                detail = f"no UTF-8 transcript beside {turn.audio}"
-                results.append(Reject(utt_id=utt_id, reason="missing_text", detail=detail))
-            else:
-                loaded.append((turn, utt_id, synthetic_voices.trim_silence(samples, rate), rate))
-    for turn, utt_id, samples, rate in loaded:
-        end = None if turn.start is None else turn.start + len(samples) / rate
-        result = make_turn(
-            samples,
-            rate,
-            turn.text or "",
-            utt_id=utt_id,
-            source="local",
-            split_group=f"local:{conversation}",
-            conv_key=f"local:{conversation}",
-            turn_index=turn.turn_index,
-            start_s=turn.start,
-            end_s=end,
-            speaker_id=f"local:{turn.speaker}",
-            lang=turn.language,
-            style=turn.style,
-            license=turn.licence,
-            origin_url=turn.name,
-        )
-        results.append(result)
-    return sort_results(results)
 
 
 # --- collecting ------------------------------------------------------------------------------------------------------
@@ -378,6 +134,9 @@ def fill(source: Source, goal_s: float, known: dict[str, str], stop: StopSignals
                 break
             writer.flush()
             raise ValueError("a worker process was killed, often for lack of memory; use fewer --workers") from error
+        except MissingRequirement as error:
+            source.ended, source.failure = f"stopped: {error}", error
+            break
         if step is None:
             source.ended = "has no more"
             break
@@ -447,7 +206,10 @@ def collect(args: argparse.Namespace) -> int:
         if collection.entries:
             collection.write_summary(settings)
             write_conversations(args.out)
-        return conclude(args.out, sources, hours, stop)
+        elif (failed := next((source.failure for source in sources if source.failure), None)) is not None:
+            raise failed
+        code = conclude(args.out, sources, hours, stop)
+        return EXIT_PARTIAL if code == EXIT_DONE and len(sources) < len(set(args.sources)) else code
 
 
 def progress_bar(hours: float | None, have_s: float) -> tqdm:
@@ -457,13 +219,22 @@ def progress_bar(hours: float | None, have_s: float) -> tqdm:
 
 
 def open_sources(args: argparse.Namespace, collection: Collection) -> list[Source]:
-    """All requested sources, checked before anything is collected."""
-    sources = []
+    """All requested sources that can be used, checked before anything is collected; the error if there is none."""
+    sources, problems = [], []
     for name in dict.fromkeys(args.sources):
-        done = collection.units(name)
-        source = synthetic_source(args.seed, done) if name == "synthetic" else local_source(args.input, args.seed, done)
+        try:
+            source = SOURCES[name](args, collection.units(name))
+        except (MissingRequirement, ValueError, OSError) as error:
+            if len(set(args.sources)) == 1:
+                raise
+            problems.append((name, error))
+            continue
         source.writer = ShardWriter(collection, source.name, source.version, args.shard_minutes * 60)
         sources.append(source)
+    if not sources:
+        raise problems[0][1]
+    for name, error in problems:
+        print(f"{name} left out: {describe(error)}", file=sys.stderr)
     return sources
 
 
@@ -516,6 +287,15 @@ def verify(folder: Path) -> int:
         return EXIT_PARTIAL if problems else EXIT_DONE
 
 
+def place(text: str) -> tuple[str, Path]:
+    """SOURCE=DIR of the command line."""
+    name, sign, folder = text.partition("=")
+    if not sign or name not in SOURCES or name in ("synthetic", "local"):
+        known = ", ".join(name for name in SOURCES if name not in ("synthetic", "local"))
+        raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE=DIR with a source of {known}")
+    return name, Path(folder)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -523,10 +303,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sources", nargs="+", choices=["synthetic", "local"], default=["synthetic"], help="default: synthetic")
-    hours_help = "hours of speech the sources shall hold together (default: 0.5; with local alone all there is)"
+    add("--sources", nargs="+", choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
+    hours_help = "hours of speech the sources shall hold together (default: 0.5; all there is without synthetic)"
     add("--target_hours", type=float, metavar="H", help=hours_help)
     add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
+    local_help = "read a source from a folder: an unpacked archive, or where Debian packages are unpacked (default: /)"
+    add("--local", nargs="+", type=place, default=[], metavar="SOURCE=DIR", help=local_help)
+    add("--common_voice_release", metavar="ID", help="of Mozilla Data Collective; needs MDC_API_KEY")
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="the collection (default: data)")
     add(
         "--seed",
@@ -545,6 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.local = dict(args.local)
     if "local" in args.sources and args.input is None and not (args.status or args.verify):
         parser.error("--sources local needs --input DIR or a manifest")
     for name in ("target_hours", "workers", "shard_minutes"):

@@ -36,6 +36,7 @@ from text_tokenizer import TextTokenizer, encode_turn, prompt_length
 from turn_shards import LedgerEntry, TurnRecord, read_ledger, read_turns
 
 SPLITS = ("train", "val", "test")
+VOICE_SETS = ("common_voice",)  # sources whose conversations are sentences without connection
 TARGET_LUFS = -23.0  # EBU R 128
 PEAK_DBFS = -1.0
 TOKEN_SCHEMA = 2
@@ -146,7 +147,7 @@ class Conversation:
 
     conv_id: str
     split: str
-    structure: str  # dialogue: several speakers; monologue: one
+    structure: str  # dialogue: several speakers; monologue: one; voice_set: one, in sentences without connection
     source: str
     turns: tuple[TurnRecord, ...]
     speakers: tuple[int, ...]  # one per turn
@@ -165,7 +166,7 @@ def build_conversations(turns: Iterable[TurnRecord]) -> list[Conversation]:
             raise ValueError(f"conversation {key} has turns in the splits {sorted(splits)}; give it one split_group")
         local: dict[str, int] = {}
         speakers = tuple(local.setdefault(turn.speaker_id, len(local)) for turn in members)
-        structure = "dialogue" if len(local) > 1 else "monologue"
+        structure = "dialogue" if len(local) > 1 else "voice_set" if source in VOICE_SETS else "monologue"
         conversations.append(Conversation(key, splits.pop(), structure, source, tuple(members), speakers))
     return conversations
 

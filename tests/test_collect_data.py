@@ -13,6 +13,8 @@ import pytest
 import soundfile
 
 import collect_data
+import speech_sources
+import synthetic_voices
 from audio import write_wav
 from collect_data import Source, Unit, UnitResult, fill_all, main
 from command_line import (
@@ -243,7 +245,7 @@ def test_a_source_that_looks_wrong_is_stopped(tmp_path, capsys):
 
 
 def test_a_missing_voice_is_exit_5(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(collect_data.synthetic_voices.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(synthetic_voices.importlib.util, "find_spec", lambda name: None)
     assert run(main, ["--out", str(tmp_path)]) == EXIT_MISSING
     assert "pip install" in capsys.readouterr().err
 
@@ -435,7 +437,7 @@ TINY = "dialogue: {} (test)\nA: Good morning, {{name}}.\nB [sad]: I am so sorry.
 def test_synthetic_dialogues_are_collected_with_their_ground_truth(tmp_path, monkeypatch):
     corpus = tmp_path / "dialogues.txt"
     corpus.write_text(TINY.format("one") + TINY.format("two"), encoding="utf-8")
-    monkeypatch.setattr(collect_data, "DIALOGUES", corpus)
+    monkeypatch.setattr(speech_sources, "DIALOGUES", corpus)
     flags = ["--sources", "synthetic", "--workers", "1", "--out", str(tmp_path / "out")]
     assert run(main, [*flags, "--target_hours", "0.001"]) == EXIT_DONE
     turns = list(read_turns(tmp_path / "out", with_audio=False))

@@ -35,8 +35,8 @@ LEVELS = (
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
     {"codec_probes", "synthetic_voices", "training"},
-    {"codec_gates"},
-    {"evaluation_framework"},
+    {"codec_gates", "speech_sources"},
+    {"debian_speech", "evaluation_framework", "public_speech"},
     {"collect_data", "demo", "setup_environment", "train", "train_minimal", "train_tokenizer"},
 )
 SCRIPTS = (LEVELS[-1] | {"evaluation_framework"}) & {path.stem for path in ROOT.glob("*.py")}

@@ -6,8 +6,8 @@ import pytest
 
 import synthetic_voices as voices
 from audio import loudness_lufs, resample
-from collect_data import DIALOGUES
 from command_line import MissingRequirement
+from speech_sources import DIALOGUES
 from synthetic_voices import SPEAKERS, STYLES, Dialogue, Line
 
 SHORT = Dialogue("short", "test", [Line("A", "neutral", "Good morning, {name}."), Line("B", "calm", "Hello there.")])

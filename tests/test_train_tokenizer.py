@@ -20,7 +20,7 @@ import train_tokenizer
 from audio import FRAME_SAMPLES, read_audio
 from checkpointing import load_newest_state, load_state, state_files
 from codec_batches import Crops, Utterances, draw_depths
-from codec_training import TrainConfig, build_run, fastest, lr_at, train_step
+from codec_training import CONTINUOUS, DECODER, QUANTISED, TrainConfig, build_run, fastest, lr_at, train_step
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
@@ -206,6 +206,48 @@ def test_loss_falls_in_both_stages():
     assert np.mean(losses[70:]) < 0.95 * np.mean(losses[40:50])
 
 
+def test_rates_of_encoder_and_decoder_end_with_their_last_stage():
+    c = TrainConfig(max_steps=100, stage_a=0.2, stage_c=0.5, warmup=10, lr=1e-3)
+    assert [c.stage(step) for step in (0, 19, 20, 49, 50, 99)] == [CONTINUOUS] * 2 + [QUANTISED] * 2 + [DECODER] * 2
+    assert lr_at(20, c) == lr_at(50, c, decoder=True) == pytest.approx(1e-3)
+    assert lr_at(35, c) == lr_at(75, c, decoder=True) == pytest.approx(5e-4)
+    assert lr_at(50, c) == lr_at(80, c) == lr_at(100, c, decoder=True) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 0.5])
+def test_codes_are_final_when_the_last_stage_begins(adversarial):
+    config = TrainConfig(preset="debug", max_steps=10, stage_a=0.3, stage_c=0.4, adversarial=adversarial, lr=1e-2)
+    config = dataclasses.replace(config, batch_size=2, crop_frames=4, precision="fp32", warmup=2)
+    trained = build_run(config, crops(), [], torch.device("cpu"))
+    wave, codes, waves = trained.crops.batch(3, 0, 2, 9600), [], []
+    judges = {name: p.clone() for name, p in trained.discriminators.named_parameters()} if adversarial else {}
+    for trained.step in range(10):
+        if trained.step == config.first_quantised_step:
+            codec_training.fit_codebooks(trained)
+        trained.model.train()
+        record = train_step(trained)
+        model = trained.averaged()
+        codes.append(model.encode(wave))
+        waves.append(model.decode(codes[-1]))
+    assert not torch.equal(codes[4], codes[5])
+    assert torch.equal(codes[5], codes[6]) and torch.equal(codes[5], codes[9])
+    assert not torch.allclose(waves[6], waves[9], atol=1e-5)
+    if adversarial:
+        assert record["train/telling"] > 0 and record["train/fooling"] > 0
+        assert all(not torch.equal(judges[name], p) for name, p in trained.discriminators.named_parameters())
+
+
+def test_stopped_run_with_discriminators_goes_on_to_the_same_weights(whole, shared_data, tmp_path, monkeypatch):
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    flags = {"stage_c": 0.4, "adversarial": 0.5, "warped": 0.5}
+    assert run(main, arguments(shared_data, through, **flags)) == EXIT_DONE
+    with monkeypatch.context() as patch:
+        signal_at(patch, 6, signal.SIGTERM)
+        assert run(main, arguments(shared_data, cut, **flags)) == EXIT_SIGTERM
+    assert run(main, arguments(shared_data, cut, **flags)) == EXIT_DONE
+    assert weights(cut) == weights(through) != weights(whole)
+
+
 SUPERVISED = {"ctc_weight": 1.0, "content_gradient": 0.1}
 
 
@@ -252,7 +294,19 @@ def test_weight_average_follows_the_weights_and_takes_their_codebooks():
 
 
 @pytest.mark.parametrize(
-    "change", [{"preset": "huge"}, {"precision": "fp8"}, {"stage_a": 1.0}, {"max_steps": 0}, {"crop_frames": 1}]
+    "change",
+    [
+        {"preset": "huge"},
+        {"precision": "fp8"},
+        {"stage_a": 1.0},
+        {"max_steps": 0},
+        {"crop_frames": 1},
+        {"discriminators": "huge"},
+        {"teacher": "nobody", "ctc_weight": 1.0},
+        {"stage_a": 0.5, "stage_c": 0.5},
+        {"adversarial": 1.0},
+        {"warped": -0.1},
+    ],
 )
 def test_config_refuses_impossible_values(change):
     with pytest.raises(ValueError, match=next(iter(change))):

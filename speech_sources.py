@@ -1,0 +1,319 @@
+"""Where speech is collected from: each source yields conversations as units of work.
+
+A source is a function that returns a `Source`. For speech that lies in files it lists `Recording`s and leaves the rest
+to `units_of`: reading, trimming, checks and ids are the same for all. See `debian_speech.py` for two examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import synthetic_voices
+from audio import read_audio
+from command_line import MissingRequirement
+from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
+
+DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+MANIFESTS = ("manifest.jsonl", "manifest.csv")
+COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence")
+
+
+class UnitResult(NamedTuple):
+    turns: list[TurnRecord]
+    rejects: list[Reject]
+
+
+class Unit(NamedTuple):
+    """A conversation: collected and committed as a whole."""
+
+    id: str
+    job: Callable[[], UnitResult]  # runs in a worker process
+
+
+@dataclass
+class Source:
+    """Where units come from, and how far this run is with it."""
+
+    name: str
+    version: str
+    units: Iterator[Unit]
+    endless: bool  # it has more than anyone collects without saying how much
+    writer: ShardWriter | None = None
+    results: Iterator[tuple[Unit, UnitResult]] | None = None
+    seen: int = 0  # turns of this run
+    rejected: int = 0
+    ended: str | None = None  # why it has nothing more to give
+    failure: MissingRequirement | None = None  # what it needs and lacks
+
+
+def sort_results(results: Iterable[TurnRecord | Reject]) -> UnitResult:
+    results = list(results)
+    return UnitResult(
+        [result for result in results if isinstance(result, TurnRecord)],
+        [result for result in results if isinstance(result, Reject)],
+    )
+
+
+# --- recordings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One turn that lies in a file, or is the bytes of one. `text` None: its transcript could not be read."""
+
+    audio: Path | bytes
+    text: str | None
+    speaker: str = "unknown"
+    conversation: str
+    turn_index: int = 0
+    start: float | None = None
+    language: str = "en"
+    style: str | None = None
+    licence: str = "NOASSERTION"
+    name: str = ""  # path as its publisher writes it
+    group: str = ""  # recordings of a group land in the same split; the conversation if there is none
+    facts: tuple[tuple[str, object], ...] = ()  # further fields of `TurnRecord`
+
+
+def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[str]) -> list[Unit]:
+    """One unit a conversation, in an order drawn from `seed`, without those that are done."""
+    conversations: dict[str, list[Recording]] = {}
+    for recording in recordings:
+        conversations.setdefault(recording.conversation, []).append(recording)
+    units = []
+    for name, turns in conversations.items():
+        turns.sort(key=lambda turn: turn.turn_index)
+        # what the unit holds is part of its id: a mended transcript or file is collected on the next run
+        facts = [(t.name, t.text, size_of(t.audio)) for t in turns]
+        unit_id = f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+        if unit_id not in done:
+            units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns)))
+    return sorted(units, key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
+
+
+def size_of(audio: Path | bytes) -> int:
+    """Bytes; -1 if there is no such file."""
+    if isinstance(audio, bytes):
+        return len(audio)
+    return audio.stat().st_size if audio.is_file() else -1
+
+
+def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> UnitResult:
+    """Read, trim and check the turns of one conversation; their level stays as it was recorded."""
+    return sort_results(
+        collect_recording(source, f"{source}:{unit_id}-{position:04d}", turn) for position, turn in enumerate(turns)
+    )
+
+
+def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord | Reject:
+    try:
+        samples, rate = load(turn.audio)
+    except FileNotFoundError as error:
+        return Reject(utt_id=utt_id, reason="missing_file", detail=str(error))
+    except ValueError as error:
+        return Reject(utt_id=utt_id, reason="unreadable_audio", detail=str(error))
+    if turn.text is None:
+        return Reject(utt_id=utt_id, reason="missing_text", detail=f"no UTF-8 transcript beside {turn.name}")
+    samples = synthetic_voices.trim_silence(samples, rate)
+    facts = {
+        "utt_id": utt_id,
+        "source": source,
+        "split_group": f"{source}:{turn.group or turn.conversation}",
+        "conv_key": f"{source}:{turn.conversation}",
+        "turn_index": turn.turn_index,
+        "start_s": turn.start,
+        "end_s": None if turn.start is None else turn.start + len(samples) / rate,
+        "speaker_id": f"{source}:{turn.speaker}",
+        "lang": turn.language,
+        "style": turn.style,
+        "license": turn.licence,
+        "origin_url": turn.name,
+    }
+    return make_turn(samples, rate, turn.text, **facts | dict(turn.facts))
+
+
+def load(audio: Path | bytes) -> tuple[np.ndarray, int]:
+    """Samples (N,) at their own rate. FileNotFoundError, ValueError as `read_audio`."""
+    if isinstance(audio, Path) and audio.suffix == ".g722":
+        return read_g722(audio)
+    return read_audio(audio, sample_rate=None)
+
+
+def read_g722(path: Path) -> tuple[np.ndarray, int]:
+    """Samples (N,) and 16,000 Hz of a raw G.722 file. FileNotFoundError, ValueError as `read_audio`."""
+    try:
+        import av
+    except ImportError as error:
+        raise MissingRequirement("G.722 audio needs the package av: pip install av") from error
+    try:
+        with av.open(str(path), format="g722") as container:
+            frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
+    except av.error.FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist") from error
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} cannot be decoded ({error})") from error
+    if not frames:
+        raise ValueError(f"{path} holds no audio")
+    return (np.concatenate(frames) / 32768).astype(np.float32), 16_000
+
+
+# --- synthetic source ------------------------------------------------------------------------------------------------
+
+
+def synthetic_source(seed: int, done: set[str]) -> Source:
+    """Dialogues without end: every pass has each dialogue once, with new slot values and a new pair of speakers."""
+    synthetic_voices.check_voice()
+    dialogues = synthetic_voices.read_dialogues(DIALOGUES)
+
+    def units() -> Iterator[Unit]:
+        variant = 0
+        while True:
+            order = list(dialogues)
+            random.Random(synthetic_voices.seed_of(seed, "order", variant)).shuffle(order)
+            for dialogue in order:
+                unit_id = f"{dialogue.name}-s{seed}-v{variant}"
+                if unit_id not in done:
+                    yield Unit(unit_id, functools.partial(collect_dialogue, dialogue, seed, variant, unit_id))
+            variant += 1
+
+    return Source("synthetic", "1", units(), endless=True)
+
+
+def collect_dialogue(dialogue: synthetic_voices.Dialogue, seed: int, variant: int, unit_id: str) -> UnitResult:
+    """Speak one variant of a dialogue."""
+    turns = synthetic_voices.speak_dialogue(dialogue, seed, variant)
+    return sort_results(
+        make_turn(
+            turn.samples,
+            turn.sample_rate,
+            turn.text,
+            utt_id=f"synthetic:{unit_id}-{turn.index:02d}",
+            source="synthetic",
+            split_group=f"synthetic:{dialogue.name}",  # all variants share their words
+            conv_key=f"synthetic:{unit_id}",
+            turn_index=turn.index,
+            start_s=round(turn.start_s, 4),
+            end_s=round(turn.start_s + len(turn.samples) / turn.sample_rate, 4),
+            speaker_id=f"synthetic:{turn.speaker}",
+            style=turn.style,
+            voice_parameters=json.dumps(turn.voice_parameters),
+            license=synthetic_voices.LICENSE,
+            license_url="https://creativecommons.org/publicdomain/zero/1.0/",
+            attribution=synthetic_voices.ATTRIBUTION,
+            redistributable=True,
+            synthetic=True,
+        )
+        for turn in turns
+    )
+
+
+# --- local source ----------------------------------------------------------------------------------------------------
+
+
+def local_source(given: Path, seed: int, done: set[str]) -> Source:
+    """Units of a folder or manifest in an order drawn from `seed`. ValueError, FileNotFoundError: not usable at all."""
+    if not given.exists():
+        raise FileNotFoundError(f"--input {given} does not exist")
+    manifests = [given] if given.is_file() else [given / name for name in MANIFESTS if (given / name).is_file()]
+    rows = read_manifest(manifests[0]) if manifests else read_folder(given)
+    if not any(row.audio.is_file() for row in rows):
+        raise ValueError(f"none of the {len(rows)} audio files named in {manifests[0]} exist, e.g. {rows[0].audio}")
+    units = units_of("local", rows, seed, done)
+    return Source("local", "1", iter(units), endless=False)
+
+
+def read_folder(folder: Path) -> list[Recording]:
+    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    if not files:
+        raise ValueError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) and no {' or '.join(MANIFESTS)} in {folder}")
+    turns = []
+    for path in files:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        try:
+            text = path.with_suffix(".txt").read_text(encoding="utf-8-sig")
+        except (FileNotFoundError, UnicodeDecodeError):
+            text = None
+        speaker = path.parent.relative_to(folder).as_posix()
+        turns.append(
+            Recording(
+                audio=path,
+                text=text,
+                speaker="unknown" if speaker == "." else speaker,
+                conversation=path.relative_to(folder).as_posix(),
+                name=name,
+            )
+        )
+    if all(turn.text is None for turn in turns):
+        raise ValueError(f"no transcripts in {folder}: expected {files[0].with_suffix('.txt')} beside {files[0].name}")
+    return turns
+
+
+def read_manifest(path: Path) -> list[Recording]:
+    """Rows of a JSONL or CSV manifest. ValueError names the columns that are missing, or the bad lines."""
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        raise ValueError(f"--input {path}: expected a folder, a .jsonl or a .csv manifest")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    rows: list[tuple[int, dict]] = []
+    problems = []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(content.splitlines(keepends=True))
+        rows = [(reader.line_num, row) for row in reader]
+    else:
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                problems.append(f"line {number}: {error}")
+                continue
+            if row is not None and not isinstance(row, dict):
+                problems.append(f"line {number}: not an object")
+            elif row is not None:
+                rows.append((number, row))
+    turns = []
+    for number, row in rows:
+        try:
+            turns.append(local_turn(path.parent, row, number))
+        except (ValueError, TypeError) as error:
+            problems.append(f"line {number}: {error}")
+    if problems or not turns:
+        shown = "; ".join(problems[:3] or ["holds no turns"])
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: {shown}{more}")
+    return turns
+
+
+def local_turn(folder: Path, row: dict, number: int) -> Recording:
+    """One manifest row; `number` places turns that say nothing of their order."""
+    row = {name: value for name, value in row.items() if value not in (None, "") or name == "text"}
+    missing = [name for name in ("audio", "text") if name not in row]
+    if missing:
+        found = ", ".join(map(str, row))
+        raise ValueError(f"column {' and '.join(missing)} missing; found {found}; known are {', '.join(COLUMNS)}")
+    name = str(row["audio"])
+    return Recording(
+        audio=folder / name,
+        text=str(row["text"] or ""),
+        speaker=str(row.get("speaker", "unknown")),
+        conversation=str(row.get("conversation", name)),
+        turn_index=int(row.get("turn_index", number)),
+        start=float(row["start"]) if "start" in row else None,
+        language=str(row.get("language", "en")),
+        style=str(row["style"]) if "style" in row else None,
+        licence=str(row.get("licence", row.get("license", "NOASSERTION"))),
+        name=name,
+    )
