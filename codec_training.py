@@ -108,7 +108,7 @@ HELP = {
     "lr": "highest learning rate",
     "warmup": "steps until the learning rate is reached",
     "ema_decay": "of the weight average that is evaluated and exported",
-    "ctc_weight": "of the characters that the semantic codebooks must tell, every second step; 0 = not asked",
+    "ctc_weight": "of the characters that the semantic codebooks must tell; 0 = not asked",
     "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
     "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; used with ctc_weight",
     "teacher_weight": "of 1 - cosine to the teacher's features",
@@ -292,19 +292,20 @@ def spectral_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor
 def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
     """What the heads read from the content latents of whole utterances; the first codebooks must do for some.
 
-    The reversed speaker gradient grows with the steps: words first.
+    Half as many utterances as crops, at every step. The weight of the speaker grows with the steps: words first.
     """
     c, model = run.config, run.model
-    mine = run.ranks.share_of(c.batch_size)
-    batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, c.batch_size, mine)))
+    n = max(run.ranks.n, c.batch_size // 2)
+    mine = run.ranks.share_of(n)
+    batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, n, mine)))
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-        latents = model.latents(batch.wave, warps_of(run))[0]
+        latents = model.latents(batch.wave, warps_of(run, n))[0]
         if stage == QUANTISED:
-            prefixes = draw_prefixes(c.seed, run.step, c.batch_size, model.config.n_semantic)[mine]
+            prefixes = draw_prefixes(c.seed, run.step, n, model.config.n_semantic)[mine]
             latents = model.semantic(latents, prefixes.to(run.device)).latents
-        reversal = c.speaker_weight * run.step / c.max_steps
-        nats = run.heads(latents.float(), batch, reversal)
-    loss = c.ctc_weight * nats.characters + nats.speaker + c.teacher_weight * nats.teacher
+        nats = run.heads(latents.float(), batch)
+    hidden = c.speaker_weight * run.step / c.max_steps
+    loss = c.ctc_weight * nats.characters + nats.speaker + hidden * nats.confusion + c.teacher_weight * nats.teacher
     return {"loss": loss, **nats._asdict()}
 
 
@@ -352,7 +353,7 @@ def train_step(run: Run) -> dict[str, float]:
     shape = run.model.config
     depths = draw_depths(c.seed, step, c.batch_size, shape.n_semantic, shape.n_acoustic_codebooks)
     depths = Depths(*(depth[mine].to(run.device) for depth in depths))
-    estimate, commitment = reconstruct(run, wave, depths, stage, warps_of(run))
+    estimate, commitment = reconstruct(run, wave, depths, stage, warps_of(run, c.batch_size))
     terms = {**spectral_terms(run, estimate, wave), "commitment": commitment}
     if stage == DECODER and run.discriminators is not None:
         fooled = adversarial_terms(run, estimate, wave)
@@ -360,19 +361,19 @@ def train_step(run: Run) -> dict[str, float]:
         terms |= fooled
     else:
         (terms["loss"] + 0.25 * commitment).backward()
-    if run.heads is not None and step % 2 == 0 and stage != DECODER:
+    if run.heads is not None and stage != DECODER:
         semantic = semantic_terms(run, stage)
         semantic.pop("loss").backward()
         terms |= semantic
     return {**update(run, terms), "train/lr": lr_at(step, c, decoder=True)}
 
 
-def warps_of(run: Run) -> Tensor | None:
-    """(B,) by how much the content branch hears each sample of this step higher."""
+def warps_of(run: Run, batch_size: int) -> Tensor | None:
+    """(B,) by how much the content branch hears each of this process's samples higher."""
     c = run.config
     if not c.warped:
         return None
-    return draw_warps(c.seed, run.step, c.batch_size, c.warped)[run.ranks.share_of(c.batch_size)].to(run.device)
+    return draw_warps(c.seed, run.step, batch_size, c.warped)[run.ranks.share_of(batch_size)].to(run.device)
 
 
 def set_rates(run: Run) -> None:

@@ -1,12 +1,14 @@
 """Heads that make the semantic codebooks carry the words and not the speaker; thrown away after training.
 
 At 12.5 frames per second a text has more characters than its speech has frames, so the head spreads every frame over 4
-sub-frames (CTC: Graves et al. 2006, "Connectionist Temporal Classification"; reversed gradient: arXiv 1409.7495).
+sub-frames (CTC: Graves et al. 2006, "Connectionist Temporal Classification"). The speaker is taken out against a head
+that looks for it (as in arXiv 1409.7495, but towards equal chances instead of along the reversed gradient).
 Letters: B batch, T frames, D width of the latents.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec_batches import SPREAD, SemanticBatch
-from residual_quantizer import scale_gradient
 
 
 class SemanticNats(NamedTuple):
     characters: Tensor  # () nats per character, mean over the utterances
-    speaker: Tensor  # () nats; its gradient reaches the latents reversed
+    speaker: Tensor  # () nats; teaches the head alone
+    confusion: Tensor  # () nats of that head from knowing nothing; teaches the latents alone
     teacher: Tensor  # () 1 - cosine to the teacher's features, mean over the frames; 0 without a teacher
 
 
@@ -46,8 +48,8 @@ class SemanticHeads(nn.Module):
         fine = self.mix(fine.transpose(1, 2)).transpose(1, 2)
         return self.characters_head(fine).float().log_softmax(dim=-1)
 
-    def forward(self, latents: Tensor, batch: SemanticBatch, reversal: float) -> SemanticNats:
-        """(B, T, D); the speaker's gradient is multiplied by -`reversal`."""
+    def forward(self, latents: Tensor, batch: SemanticBatch) -> SemanticNats:
+        """(B, T, D) of whole utterances."""
         log_probabilities = self.log_probabilities(latents)
         nats = F.ctc_loss(
             log_probabilities.transpose(0, 1),
@@ -57,12 +59,23 @@ class SemanticHeads(nn.Module):
             reduction="none",
         )  # (B,)
         live = torch.arange(latents.size(1), device=latents.device) < batch.n_frames[:, None]  # (B, T)
-        speakers = self.speaker_head(scale_gradient(latents, -reversal)).float()  # (B, T, speakers)
-        speakers = (speakers * live[..., None]).sum(dim=1) / batch.n_frames[:, None]
-        speaker = F.cross_entropy(speakers, batch.speakers)
-        return SemanticNats(
-            (nats / batch.n_characters).mean(), speaker, self.teacher_distance(latents, batch.features, live)
-        )
+        speaker = F.cross_entropy(self.speakers_of(latents.detach(), live), batch.speakers)
+        told = self.teacher_distance(latents, batch.features, live)
+        return SemanticNats((nats / batch.n_characters).mean(), speaker, self.confusion(latents, live), told)
+
+    def speakers_of(self, latents: Tensor, live: Tensor, frozen: bool = False) -> Tensor:
+        """(B, T, D) and the frames that count (B, T) -> (B, speakers) log-odds, means over the frames."""
+        weights = {name: p.detach() if frozen else p for name, p in self.speaker_head.named_parameters()}
+        scores = torch.func.functional_call(self.speaker_head, weights, latents).float() * live[..., None]
+        return scores.sum(dim=1) / live.sum(dim=1, keepdim=True)
+
+    def confusion(self, latents: Tensor, live: Tensor) -> Tensor:
+        """() nats by which the speaker head, as it is, is from giving every speaker the same chance; for the latents.
+
+        Bounded, unlike the head's own loss reversed, along which the latents run away.
+        """
+        log_chances = self.speakers_of(latents, live, frozen=True).log_softmax(dim=1)
+        return -log_chances.mean() - math.log(log_chances.size(1))
 
     def teacher_distance(self, latents: Tensor, features: Tensor, live: Tensor) -> Tensor:
         """(B, T, D), (B, T, teacher's D) and the frames that count (B, T) -> ().

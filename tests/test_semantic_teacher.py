@@ -93,7 +93,7 @@ def test_latents_learn_what_the_teacher_tells():
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.05)
     distances = []
     for _ in range(60):
-        loss = heads(latents, batch, 0.1).teacher
+        loss = heads(latents, batch).teacher
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -260,7 +260,7 @@ def test_stopped_run_with_semantic_supervision_goes_on_to_the_same_weights(whole
     assert run(main, arguments(shared_data, cut, **SUPERVISED)) == EXIT_DONE
     assert weights(cut) == weights(through) != weights(whole)
     told = [record["train/characters"] for record in read_metrics(cut) if "train/characters" in record]
-    assert len(told) == STEPS / 2 and np.isfinite(told).all()
+    assert len(told) == STEPS and np.isfinite(told).all()
 
 
 def test_semantic_supervision_without_texts_is_refused():
