@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +125,16 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
             process.terminate()
 
 
-def fill(source: Source, goal_s: float, known: dict[str, str], stop: StopSignals, bar: tqdm) -> None:
+@dataclass
+class Rules:
+    """What may not come in, and how much may."""
+
+    known: dict[str, str]  # digest of the samples -> id of the turn that has them
+    excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
+    max_bytes: float = float("inf")  # of all shards together
+
+
+def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tqdm) -> None:
     """Collect from one source until it holds `goal_s` seconds, ends, or a stop signal comes."""
     writer = source.writer
     while writer.seconds < goal_s and not stop.received and source.ended is None:
@@ -141,41 +152,54 @@ def fill(source: Source, goal_s: float, known: dict[str, str], stop: StopSignals
             source.ended = "has no more"
             break
         unit, result = step
-        turns, rejects = drop_known(result, known)
+        turns, rejects = apply_rules(result, rules)
         writer.add(unit.id, turns, rejects)
         bar.update(round(sum(turn.duration_s for turn in turns)))
         if source.seen < FIRST_TURNS:
-            source.rejected += sum(reject.reason != "duplicate" for reject in rejects)
+            source.rejected += sum(reject.reason not in ("duplicate", "excluded") for reject in rejects)
             if source.rejected > FIRST_TURNS * MAX_REJECTED:
                 source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
+        if sum(entry.bytes for entry in writer.collection.entries) >= rules.max_bytes:
+            source.ended = f"stopped: the shards take {rules.max_bytes / 1e9:g} GB, the limit of --max_disk_gb"
     writer.flush()
 
 
-def drop_known(result: UnitResult, known: dict[str, str]) -> UnitResult:
-    """Refuse turns whose samples are in the collection already; remembers the others."""
+def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
+    """Refuse turns that are excluded or whose samples are in the collection already; remembers the others."""
     turns, rejects = [], list(result.rejects)
     for turn in result.turns:
-        if turn.pcm_sha256 in known:
-            detail = f"same samples as {known[turn.pcm_sha256]}"
+        named = {turn.utt_id, turn.conv_key, turn.speaker_id} & rules.excluded
+        if named:
+            rejects.append(Reject(utt_id=turn.utt_id, reason="excluded", detail=f"by {sorted(named)[0]}"))
+        elif turn.pcm_sha256 in rules.known:
+            detail = f"same samples as {rules.known[turn.pcm_sha256]}"
             rejects.append(Reject(utt_id=turn.utt_id, reason="duplicate", detail=detail))
         else:
-            known[turn.pcm_sha256] = turn.utt_id
+            rules.known[turn.pcm_sha256] = turn.utt_id
             turns.append(turn)
     return UnitResult(turns, rejects)
 
 
-def fill_all(sources: list[Source], target_s: float, known: dict[str, str], stop: StopSignals, bar: tqdm) -> None:
+def read_excluded(path: Path | None) -> frozenset[str]:
+    """One id a line: of a turn, a conversation or a speaker; # begins a comment."""
+    if path is None:
+        return frozenset()
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return frozenset(line for line in lines if line)
+
+
+def fill_all(sources: list[Source], target_s: float, rules: Rules, stop: StopSignals, bar: tqdm) -> None:
     """Equal shares first; what a source cannot give is asked of those that still have some."""
     for source in sources:
-        fill(source, target_s / len(sources), known, stop, bar)
+        fill(source, target_s / len(sources), rules, stop, bar)
     while not stop.received:
         missing = target_s - sum(source.writer.seconds for source in sources)
         able = [source for source in sources if source.ended is None]
         if missing <= 0 or not able:
             return
         for source in able:
-            fill(source, source.writer.seconds + missing / len(able), known, stop, bar)
+            fill(source, source.writer.seconds + missing / len(able), rules, stop, bar)
 
 
 def collect(args: argparse.Namespace) -> int:
@@ -197,12 +221,16 @@ def collect(args: argparse.Namespace) -> int:
             print_summary(args.out)
             print(f"nothing to do: {have_s / 3600:.3f} of {hours:g} hours are collected already")
             return EXIT_DONE
+        if args.dry_run:
+            return show_plan(args.out, sources, target_s - have_s)
         check_space(args.out, target_s - have_s)
+        max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb
+        rules = Rules(collection.known_audio(), read_excluded(args.exclude_ids), max_bytes)
         with StopSignals() as stop, worker_pool(args.workers) as pool:
             for source in sources:
                 source.results = results_in_order(source.units, pool, args.workers + 1)
             with progress_bar(hours, have_s) as bar:
-                fill_all(sources, target_s, collection.known_audio(), stop, bar)
+                fill_all(sources, target_s, rules, stop, bar)
         if collection.entries:
             collection.write_summary(settings)
             write_conversations(args.out)
@@ -210,6 +238,20 @@ def collect(args: argparse.Namespace) -> int:
             raise failed
         code = conclude(args.out, sources, hours, stop)
         return EXIT_PARTIAL if code == EXIT_DONE and len(sources) < len(set(args.sources)) else code
+
+
+def show_plan(folder: Path, sources: list[Source], seconds: float) -> int:
+    """What would be collected; nothing is."""
+    for source in sources:
+        first = [unit.id for unit in itertools.islice(source.units, 3)]
+        rest = None if source.endless else len(first) + sum(1 for _ in source.units)
+        count = "conversations without end" if source.endless else f"{rest} conversations to collect"
+        print(f"{source.name}: {count}{', first ' + ', '.join(first) if first else ''}")
+    free = shutil.disk_usage(folder).free
+    hours = seconds / 3600
+    need = f"about {hours * BYTES_PER_HOUR / 1e9:.2f} GB for {hours:.2f} hours, " if np.isfinite(seconds) else ""
+    print(f"{need}{free / 1e9:.1f} GB free in {folder}")
+    return EXIT_DONE
 
 
 def progress_bar(hours: float | None, have_s: float) -> tqdm:
@@ -320,6 +362,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: number of cores)")
     loss_help = "audio per shard, the most a kill -9 loses (default: 3)"
     add("--shard_minutes", type=float, default=3.0, metavar="M", help=loss_help)
+    add("--max_disk_gb", type=float, metavar="G", help="stop when the shards take so much (default: no limit)")
+    exclude_help = "file with an id a line, of turns, conversations or speakers that must not come in"
+    add("--exclude_ids", type=Path, metavar="FILE", help=exclude_help)
+    add("--dry_run", action="store_true", help="show what would be collected and stop")
     add("--status", action="store_true", help="show what is collected and stop")
     add("--verify", action="store_true", help="hash every shard; a damaged one is put aside to be collected again")
     return parser
@@ -331,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     args.local = dict(args.local)
     if "local" in args.sources and args.input is None and not (args.status or args.verify):
         parser.error("--sources local needs --input DIR or a manifest")
-    for name in ("target_hours", "workers", "shard_minutes"):
+    for name in ("target_hours", "workers", "shard_minutes", "max_disk_gb"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} must be above 0, got {value}")

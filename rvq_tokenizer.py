@@ -77,7 +77,7 @@ PRESETS = {
     ),
     "cpu": TokenizerConfig(),
     "gpu": TokenizerConfig(
-        codebook_size=2048, codebook_dim=128, d_stem=256, d_branch=640, d_decoder=512,
+        codebook_size=2048, codebook_dim=128, d_stem=256, d_branch=576, d_decoder=512,
         n_content=3, n_acoustic=3, n_coarse=3, n_fine=8, codebook_decay=0.99,
     ),
 }  # fmt: skip

@@ -16,7 +16,7 @@ import collect_data
 import speech_sources
 import synthetic_voices
 from audio import write_wav
-from collect_data import Source, Unit, UnitResult, fill_all, main
+from collect_data import Rules, Source, Unit, UnitResult, fill_all, main
 from command_line import (
     EXIT_BUSY,
     EXIT_DONE,
@@ -77,6 +77,39 @@ def assert_whole(out, count):
     assert collection.adopted == []
     assert collection.verify() == []
     assert not list(out.glob("turns/*/.*"))
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_excluded_turns_and_speakers_do_not_come_in(tmp_path, capsys):
+    for speaker in ("anna", "ben"):
+        recording(tmp_path / "in" / speaker, "one", len(speaker))
+        recording(tmp_path / "in" / speaker, "two", 10 + len(speaker))
+    banned = tmp_path / "banned.txt"
+    banned.write_text("local:anna  # asked to be left out\n\nlocal:ben/two.wav\n", encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
+    assert [turn.origin_url for turn in read_turns(tmp_path / "out", with_audio=False)] == ["ben/one"]
+    assert reject_reasons(tmp_path / "out") == ["excluded"] * 3
+    assert "3 excluded" in capsys.readouterr().out
+    assert collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "none.txt")) == EXIT_INPUT
+
+
+def test_collecting_stops_at_the_disk_limit_and_goes_on_with_a_higher_one(tmp_path, capsys):
+    source = recordings(tmp_path / "in", 6)
+    flags = ("--shard_minutes", "0.03")
+    assert collect(tmp_path / "out", source, *flags, "--max_disk_gb", "0.00001") == EXIT_PARTIAL
+    assert "the limit of --max_disk_gb" in capsys.readouterr().out
+    assert 0 < len(ids(tmp_path / "out")) < 6
+    assert collect(tmp_path / "out", source, *flags, "--max_disk_gb", "1") == EXIT_DONE
+    assert_whole(tmp_path / "out", 6)
+
+
+def test_dry_run_shows_what_would_come_and_collects_nothing(tmp_path, capsys):
+    source = recordings(tmp_path / "in", 4)
+    assert collect(tmp_path / "out", source, "--dry_run") == EXIT_DONE
+    assert "local: 4 conversations to collect, first clip" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "turns").exists()
 
 
 # --- local recordings ------------------------------------------------------------------------------------------------
@@ -425,7 +458,7 @@ def test_what_one_source_lacks_the_other_gives(tmp_path, available, expected):
         small_source(collection, name, count) for name, count in zip(("first", "second"), available, strict=True)
     ]
     with StopSignals() as stop, collect_data.progress_bar(12 / 3600, 0) as bar:
-        fill_all(sources, 12.0, {}, stop, bar)
+        fill_all(sources, 12.0, Rules({}), stop, bar)
     assert tuple(round(collection.seconds(name)) for name in ("first", "second")) == expected
 
 
