@@ -89,6 +89,15 @@ class Ranks:
             dist.broadcast(tensor, src=0)
 
 
+def over_ranks(count: int, device: torch.device) -> float:
+    """Sum of a count over the processes of the run, for code that is not told of them."""
+    if not dist.is_initialized():
+        return float(count)
+    counted = torch.tensor(float(count), device=device)
+    dist.all_reduce(counted)
+    return counted.item()
+
+
 @contextlib.contextmanager
 def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """This process's place as `torchrun` set it (RANK, WORLD_SIZE, LOCAL_RANK), and its device; alone without torchrun.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
+from ranks import over_ranks
+
 
 class Quantized(NamedTuple):
     latents: Tensor  # (B, T, D) straight-through: value of the chosen codes up to the depth, gradient of the input
@@ -67,7 +69,9 @@ class ResidualQuantizer(nn.Module):
         """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            uniform = x.size(0) * x.size(1) / self.n_codes  # tokens per code in this batch, were all used alike
+            tokens = x.size(0) * x.size(1)
+            tokens = over_ranks(tokens, x.device) if self.training else tokens
+            uniform = tokens / self.n_codes  # tokens per code in this batch, were all used alike
             residual, total = x, torch.zeros_like(x)
             codes, commitment = [], []
             for k, level in enumerate(self.levels):
