@@ -54,8 +54,10 @@ random = np.random.default_rng(0)
 crops = Crops([0.1 * random.standard_normal(48_000).astype(np.float32) for _ in range(4)])
 spoken = [("ab"[i % 2], "ab" * (i + 1), clip) for i, clip in enumerate(np.split(random.standard_normal(240_000), 5))]
 spoken = Utterances([(s, t, 0.1 * clip[: 6_000 * len(t)].astype(np.float32)) for s, t, clip in spoken])
-config = TrainConfig(preset="debug", max_steps=6, stage_a=0, batch_size=4, crop_frames=4, precision="fp32", threads=1,
-                     ctc_weight=1.0)
+config = TrainConfig(
+    preset="debug", max_steps=6, stage_a=0, stage_c=0, batch_size=4, crop_frames=4, precision="fp32", threads=1,
+    ctc_weight=1.0,
+)
 with join_ranks(torch.device("cpu")) as (ranks, device):
     run = build_run(config, crops, [], device, spoken, ranks)
     fit_codebooks(run)
