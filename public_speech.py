@@ -211,7 +211,7 @@ def fetch_release(release: str | None) -> Path:
     try:
         from datacollective import download_dataset
     except ImportError as error:
-        remedy = "pip install -r requirements-common-voice.txt (Python 3.12 or later)"
+        remedy = "python setup_environment.py --extras data eval common-voice (Python 3.12 or later)"
         raise MissingRequirement(f"Common Voice needs Mozilla's client: {remedy}") from error
     try:
         return download_dataset(release, extract=True)

@@ -46,6 +46,7 @@ EXTRAS = {
     "data": "the built-in voice: collect_data.py --sources synthetic",
     "eval": "word error rate, STOI, PESQ and speaker similarity in evaluation_framework.py",
     "dev": "the test suite and the linter: run_tests.sh",
+    "common-voice": "Mozilla's client, for collect_data.py --sources common_voice; Python 3.12 or later",
 }
 # An extra has requirements-<extra>.txt, and for what pip cannot install in the same way files with these endings
 NO_DEPS = "-nodeps.txt"  # installed without its dependencies

@@ -118,7 +118,7 @@ def cut_off_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_python_gets_one_exact_release_of_each_package(python):
-    files = setup_environment.requirement_files(ROOT, ["data", "eval", "dev"])
+    files = setup_environment.requirement_files(ROOT, list(setup_environment.EXTRAS))
     assert sorted(files) == sorted(ROOT.glob("requirements*.txt"))
     names = [pin.name for path in files for pin in setup_environment.read_pins(path, python)]
     assert len(names) == len(set(names))
