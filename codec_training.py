@@ -170,7 +170,7 @@ class Run:
             part.load_state_dict(state[name])
         self.average.load_state_dict(state["average"], strict=False)
         self.step = state["step"]
-        if self.config.stage(self.step) == DECODER and self.step > self.config.first_decoder_step:
+        if self.step > self.config.first_decoder_step:
             self.freeze_codes()
 
     @torch.no_grad()

@@ -244,8 +244,10 @@ def show_plan(folder: Path, sources: list[Source], seconds: float) -> int:
     """What would be collected; nothing is."""
     for source in sources:
         first = [unit.id for unit in itertools.islice(source.units, 3)]
-        rest = None if source.endless else len(first) + sum(1 for _ in source.units)
-        count = "conversations without end" if source.endless else f"{rest} conversations to collect"
+        if source.endless:
+            count = "conversations without end"
+        else:
+            count = f"{len(first) + sum(1 for _ in source.units)} conversations to collect"
         print(f"{source.name}: {count}{', first ' + ', '.join(first) if first else ''}")
     free = shutil.disk_usage(folder).free
     hours = seconds / 3600

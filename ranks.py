@@ -76,12 +76,16 @@ class Ranks:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def wait_for_first(self, work: Callable[[], object]) -> None:
-        """The first process does the work, the others wait until it is done."""
+    def first_then_others(self, work: Callable[[], T]) -> T:
+        """Its result in every process; the others begin when the first has done it, and find what it left on disk."""
+        if self.n == 1:
+            return work()
         if self.first:
-            work()
-        if self.n > 1:
+            result = work()
             dist.barrier()
+            return result
+        dist.barrier()
+        return work()
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first process."""

@@ -28,10 +28,7 @@ import torchaudio.functional as AF
 from torch import Tensor, nn
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
-from audio_tokenizer import (
-    AudioTokenizer,
-    CodeShape,
-)
+from audio_tokenizer import AudioTokenizer, CodeShape
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, run
 from mimi_tokenizer import is_mimi, load_mimi

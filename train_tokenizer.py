@@ -129,12 +129,13 @@ def finish(run: Run, out: Path) -> None:
     """Export the averaged weights, measure them on held-out clips, write samples and the results."""
     scalars, codes, waves = evaluate(run, run.held_out[:MAX_HELD_OUT])
     usage, perplexity = codebook_use(codes, run.model.config.codebook_size)
-    save_tokenizer(run.averaged(), out)
+    model = run.averaged()
+    save_tokenizer(model, out)
     samples = out / "samples"
     samples.mkdir(exist_ok=True)
-    semantic = run.model.config.n_semantic
+    semantic = model.config.n_semantic
     for index, (clip, wave) in enumerate(zip(run.held_out[:N_SHOWN], waves, strict=False)):
-        content = run.averaged().decode(run.averaged().encode(clip)[..., :semantic])
+        content = model.decode(model.encode(clip)[..., :semantic])
         for name, samples_of in (("original", clip), ("reconstruction", wave), ("semantic_only", content)):
             write_wav(samples / f"{index}_{name}.wav", samples_of[0, : clip.size(1)].cpu().numpy())
     panels = {"loss": ["train/loss"], "log10-mel distance": ["train/mel", "held_out/mel", "held_out/mel_semantic"]}
@@ -199,8 +200,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     crops, held_out, utterances = load_audio(data, config.seed)
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
-        ranks.wait_for_first(lambda: teacher_features(clips, data / "teacher", config.teacher))
-        utterances.add_features(teacher_features(clips, data / "teacher", config.teacher))
+        folder = data / "teacher"
+        utterances.add_features(ranks.first_then_others(lambda: teacher_features(clips, folder, config.teacher)))
     run = build_run(config, crops, held_out, device, utterances, ranks)
     precision, threads = fastest(run)
     run.config = dataclasses.replace(config, precision=precision, threads=threads)
