@@ -49,13 +49,13 @@ class Crops:
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
-    """Nested depth dropout: acoustic 50 % full, 10 % none, 10 % one, else any; semantic 90 % full, else any.
+    """Nested depth dropout: acoustic 50 % full, 15 % none, 5 % one, else any; semantic 90 % full, else any.
 
-    One acoustic codebook is the hardest depth: drawn as rarely as the others, it sounds worse than none.
+    The semantic codebooks alone are drawn the more often: they must be understood.
     """
     random = np.random.default_rng([seed, step, 1])
     lot, any_acoustic = random.random(batch_size), random.integers(1, n_acoustic, batch_size)
-    acoustic = np.select([lot < 0.5, lot < 0.6, lot < 0.7], [n_acoustic, 0, 1], any_acoustic)
+    acoustic = np.select([lot < 0.5, lot < 0.65, lot < 0.7], [n_acoustic, 0, 1], any_acoustic)
     any_semantic = random.integers(1, n_semantic + 1, batch_size)
     semantic = np.where(random.random(batch_size) < 0.9, n_semantic, any_semantic)
     return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))

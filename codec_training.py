@@ -248,8 +248,8 @@ def make_optimizers(
     """
     groups = {(side, muon): [] for side in (True, False) for muon in (True, False)}
     for name, p in model.named_parameters():
-        muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight"))
-        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.")), muon].append(p)
+        muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight", "known_depth"))
+        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.", "known_depth")), muon].append(p)
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     others, matrices = (
         [{"params": groups[side, muon], "decoder": side, "factor": 1} for side in (True, False)]
@@ -283,10 +283,10 @@ def reconstruct(
 
 def spectral_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor]:
     """Weighted loss and its parts."""
-    mel, magnitude = run.distance(estimate, wave[:, : estimate.size(1)])
+    distance = run.distance(estimate, wave[:, : estimate.size(1)])
     # magnitudes of speech are about 0.01: at this weight the strong harmonics count as much as the logarithms, which
     # see all bands alike; with a weight of 2, STOI was 4 points lower after 250 steps
-    return {"loss": 4 * mel + 800 * magnitude, "mel": mel, "magnitude": magnitude}
+    return {"loss": 4 * distance.mel + 800 * distance.magnitude + 15 * distance.loudness, **distance._asdict()}
 
 
 def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:

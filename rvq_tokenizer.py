@@ -300,6 +300,8 @@ class RVQTokenizer(AudioTokenizer):
         self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, **books)
         self.semantic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
         self.acoustic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
+        # what the decoder is told of how many acoustic codebooks it gets: without it, one sounds worse than none
+        self.known_depth = nn.Parameter(torch.zeros(config.n_acoustic_codebooks + 1, config.d_branch))
         self.decoder = Decoder(config)
         self.exact: ExactEncoder | None = None  # made at the first use
 
@@ -315,9 +317,10 @@ class RVQTokenizer(AudioTokenizer):
         content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave)), warps)
         return content, acoustic
 
-    def synthesize(self, content: Tensor, acoustic: Tensor) -> Tensor:
-        """Latents after quantisation, each (B, T, codebook_dim) -> (B, T * FRAME_SAMPLES), aligned with the input."""
-        mixed = self.semantic_out(content) + self.acoustic_out(acoustic)
+    def synthesize(self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor) -> Tensor:
+        """Latents after quantisation, each (B, T, codebook_dim), and how many acoustic codebooks each sample has (B,)
+        -> (B, T * FRAME_SAMPLES), aligned with the input."""
+        mixed = self.semantic_out(content) + self.acoustic_out(acoustic) + self.known_depth[acoustic_depth, None]
         wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed)))
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
@@ -330,7 +333,9 @@ class RVQTokenizer(AudioTokenizer):
         """
         content, acoustic = self.latents(wave, warps)
         content = scale_gradient(content, content_gradient)
-        return self.synthesize(content, acoustic * (acoustic_depth > 0).view(-1, 1, 1))
+        heard = acoustic_depth > 0
+        depth = heard * self.config.n_acoustic_codebooks
+        return self.synthesize(content, acoustic * heard.view(-1, 1, 1), depth)
 
     def forward(
         self,
@@ -346,7 +351,7 @@ class RVQTokenizer(AudioTokenizer):
         detail = self.acoustic(acoustic, acoustic_depth)
         codes = torch.cat([semantic.codes, detail.codes], dim=-1)
         commitment = (semantic.commitment + detail.commitment) / 2
-        return Reconstruction(self.synthesize(semantic.latents, detail.latents), codes, commitment)
+        return Reconstruction(self.synthesize(semantic.latents, detail.latents, acoustic_depth), codes, commitment)
 
     def decode_frozen(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Tensor:
         """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N)."""
@@ -354,13 +359,14 @@ class RVQTokenizer(AudioTokenizer):
             content, acoustic = self.latents(wave)
             content = self.semantic.nearest(content, semantic_depth)
             acoustic = self.acoustic.nearest(acoustic, acoustic_depth)
-        return self.synthesize(content, acoustic)
+        return self.synthesize(content, acoustic, acoustic_depth)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, T, K') -> the decoder's input (B, T, d_branch)."""
         n_semantic = self.config.n_semantic
-        mixed = self.semantic_out(self.semantic.decode(codes[..., :n_semantic]))
-        if codes.size(-1) > n_semantic:
+        depth = max(0, codes.size(-1) - n_semantic)
+        mixed = self.semantic_out(self.semantic.decode(codes[..., :n_semantic])) + self.known_depth[depth]
+        if depth:
             mixed = mixed + self.acoustic_out(self.acoustic.decode(codes[..., n_semantic:]))
         return mixed
 

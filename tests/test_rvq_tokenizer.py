@@ -31,6 +31,7 @@ def tokenizer() -> RVQTokenizer:
     torch.manual_seed(0)
     model = RVQTokenizer(CONFIG).eval()
     with torch.no_grad():
+        model.known_depth.normal_()
         content, acoustic = model.latents(speechlike(2, 60))
     generator = torch.Generator().manual_seed(0)
     model.semantic.fit(content.flatten(0, 1), 24, generator)
@@ -75,12 +76,15 @@ def test_decode_takes_any_prefix_of_codebooks_and_each_one_matters(tokenizer):
     assert all((a - b).abs().max() > 0 for a, b in itertools.pairwise(waves))
 
 
-def test_semantic_prefix_is_what_the_model_trains_as_acoustic_depth_zero(tokenizer):
-    wave = speechlike(2, 5)
+def test_a_prefix_of_codebooks_is_what_the_model_trains_as_that_depth(tokenizer):
+    wave = speechlike(4, 5)
+    depths = torch.tensor([0, 1, 2, CONFIG.n_acoustic_codebooks])
     with torch.no_grad():
-        trained = tokenizer(wave, torch.full((2,), CONFIG.n_semantic), torch.zeros(2, dtype=torch.int64))
-    used = tokenizer.decode(tokenizer.encode(wave)[..., : CONFIG.n_semantic])
-    assert torch.allclose(trained.wave, used, atol=1e-5)
+        trained = tokenizer(wave, torch.full((4,), CONFIG.n_semantic), depths)
+    codes = tokenizer.encode(wave)
+    for i, depth in enumerate(depths):
+        used = tokenizer.decode(codes[i : i + 1, :, : CONFIG.n_semantic + depth])
+        assert torch.allclose(trained.wave[i : i + 1], used, atol=1e-5)
 
 
 def test_training_path_and_use_path_agree_on_codes_and_waveform(tokenizer):
