@@ -2,8 +2,8 @@
 
 Sources: `synthetic` speaks the dialogues of `corpus/`; `librispeech` and `libritts_r` are streamed from the Hugging
 Face hub, or read from an unpacked archive (--local librispeech=DIR); `common_voice` comes from Mozilla Data Collective
-or an unpacked release; `fillets` and `asterisk` are recorded speech in Debian packages; `local` takes your own
-recordings (--input, see below).
+or an unpacked release; `ami` holds meetings, `dailytalk` acted dialogues; `fillets` and `asterisk` are recorded speech
+in Debian packages; `local` takes your own recordings (--input, see below).
 Running it again goes on where it stopped. Format: `turn_shards.py`.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -23,7 +25,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,27 +35,36 @@ from command_line import (
     EXIT_CODES_HELP,
     EXIT_DONE,
     EXIT_PARTIAL,
+    PART_HELP,
     MissingRequirement,
     StopSignals,
+    default_part,
     describe,
     only_run_in,
+    part,
     run,
 )
-from dataset_pipeline import write_conversations
+from conversations import VOICE_SETS, write_conversations
 from debian_speech import asterisk_source, fillets_source
+from dialogue_corpora import ami_source, dailytalk_source
 from public_speech import common_voice_source, libri_source
+from speech_filters import Cleaning, cleaned
 from speech_sources import Source, Unit, UnitResult, local_source, synthetic_source
 from turn_shards import (
     Collection,
     Reject,
     ShardWriter,
+    TurnRecord,
+    ledgers,
     read_ledger,
+    read_turns,
     summarize,
 )
 
 DEFAULT_HOURS = 0.5  # where a source has no end
 BYTES_PER_HOUR = 130e6  # FLAC of 22.05 kHz speech with a reserve; for the check of free space only
 
+RULED_OUT = ("duplicate", "duplicate_text", "excluded", "dnsmos")  # no sign of a source that looks wrong
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
 SOURCES = {
@@ -63,6 +74,8 @@ SOURCES = {
     "common_voice": lambda args, done: common_voice_source(
         args.local.get("common_voice"), args.common_voice_release, args.seed, done
     ),
+    "ami": lambda args, done: ami_source(args.local.get("ami"), args.seed, done),
+    "dailytalk": lambda args, done: dailytalk_source(args.local.get("dailytalk"), args.seed, done),
     "fillets": lambda args, done: fillets_source(args.local.get("fillets", Path("/")), args.seed, done),
     "asterisk": lambda args, done: asterisk_source(args.local.get("asterisk", Path("/")), args.seed, done),
     "local": lambda args, done: local_source(args.input, args.seed, done),
@@ -71,7 +84,9 @@ LOCAL_HELP = """\
 --input DIR: wav, flac, ogg or mp3 files, each with its transcript in a .txt of the same name beside it; a sub-folder is
   a speaker, every file a conversation of its own; or a folder that holds manifest.jsonl or manifest.csv
 --input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker,
-  conversation, turn_index, start (seconds from the start of the conversation), language (BCP-47), style, licence (SPDX)
+  conversation, turn_index, start (seconds from the start of the conversation), language (BCP-47), style, licence
+  (SPDX), trimmed (true: its silence is not cut). Or lines in the chat format of transformers' CsmProcessor, or of
+  moshi-finetune
 """
 
 
@@ -129,9 +144,33 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 class Rules:
     """What may not come in, and how much may."""
 
-    known: dict[str, str]  # digest of the samples -> id of the turn that has them
+    known: dict[str, str] = field(default_factory=dict)  # digest of the samples -> id of the turn that has them
     excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
     max_bytes: float = float("inf")  # of all shards together
+    ids: set[str] = field(default_factory=set)  # of all turns
+    said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
+
+    def learn(self, turn: TurnRecord) -> None:
+        """What is in the collection, or comes in now, is known from then on."""
+        self.known[turn.pcm_sha256] = turn.utt_id
+        self.ids.add(turn.utt_id)
+        if turn.source in VOICE_SETS:
+            self.said.add((turn.speaker_id, turn.text.casefold()))
+
+    def has_said(self, turn: TurnRecord) -> bool:
+        """Only asked of single sentences: in a conversation people repeat themselves."""
+        return turn.source in VOICE_SETS and (turn.speaker_id, turn.text.casefold()) in self.said
+
+    def against(self, turn: TurnRecord) -> Reject | None:
+        """Why a turn may not come in; None if it may."""
+        named = {turn.utt_id, turn.conv_key, turn.speaker_id} & self.excluded
+        reasons = [
+            (bool(named), "excluded", f"by {min(named, default='')}"),
+            (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
+            (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
+            (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),
+        ]
+        return next((Reject(utt_id=turn.utt_id, reason=r, detail=d) for found, r, d in reasons if found), None)
 
 
 def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tqdm) -> None:
@@ -156,7 +195,7 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
         writer.add(unit.id, turns, rejects)
         bar.update(round(sum(turn.duration_s for turn in turns)))
         if source.seen < FIRST_TURNS:
-            source.rejected += sum(reject.reason not in ("duplicate", "excluded") for reject in rejects)
+            source.rejected += sum(reject.reason not in RULED_OUT for reject in rejects)
             if source.rejected > FIRST_TURNS * MAX_REJECTED:
                 source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
@@ -166,18 +205,15 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
 
 
 def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
-    """Refuse turns that are excluded or whose samples are in the collection already; remembers the others."""
+    """Refuse turns that may not come in; remembers the others."""
     turns, rejects = [], list(result.rejects)
     for turn in result.turns:
-        named = {turn.utt_id, turn.conv_key, turn.speaker_id} & rules.excluded
-        if named:
-            rejects.append(Reject(utt_id=turn.utt_id, reason="excluded", detail=f"by {sorted(named)[0]}"))
-        elif turn.pcm_sha256 in rules.known:
-            detail = f"same samples as {rules.known[turn.pcm_sha256]}"
-            rejects.append(Reject(utt_id=turn.utt_id, reason="duplicate", detail=detail))
-        else:
-            rules.known[turn.pcm_sha256] = turn.utt_id
-            turns.append(turn)
+        reject = rules.against(turn)
+        if reject is not None:
+            rejects.append(reject)
+            continue
+        rules.learn(turn)
+        turns.append(turn)
     return UnitResult(turns, rejects)
 
 
@@ -202,8 +238,29 @@ def fill_all(sources: list[Source], target_s: float, rules: Rules, stop: StopSig
             fill(source, source.writer.seconds + missing / len(able), rules, stop, bar)
 
 
+def part_folder(out: Path, index: int, of: int) -> Path:
+    """Where this part is collected: `out` itself, or a whole collection in a folder of its own.
+
+    ValueError: `out` was filled by another number of parts, which would collect the same conversations again.
+    """
+    folder = out / f"part-{index:03d}-of-{of:03d}" if of > 1 else out
+    expected = {f"part-{i:03d}-of-{of:03d}" for i in range(of)} if of > 1 else {out.name}
+    if strange := [path.parent.name for path in ledgers(out) if path.parent.name not in expected]:
+        raise ValueError(
+            f"{out} was collected as {strange[0]}, not as {folder.name}: go on as before, or give another --out"
+        )
+    return folder
+
+
+def belongs(unit: Unit, index: int, of: int) -> bool:
+    """Whether this part collects the unit: a function of its id, so parts agree without talking."""
+    return int(hashlib.sha1(unit.id.encode()).hexdigest()[:8], 16) % of == index
+
+
 def collect(args: argparse.Namespace) -> int:
     """Open the collection, fill it up to the target, say what is there."""
+    index, of = args.shard
+    args.out = part_folder(args.out, index, of)
     with only_run_in(args.out):
         collection = Collection(args.out)
         if collection.adopted:
@@ -212,6 +269,7 @@ def collect(args: argparse.Namespace) -> int:
         hours = args.target_hours
         if hours is None:
             hours = DEFAULT_HOURS if any(source.endless for source in sources) else None
+        hours = None if hours is None else hours / of
         target_s = float("inf") if hours is None else hours * 3600
         settings = {"sources": args.sources, "target_hours": hours, "seed": args.seed}
         have_s = sum(source.writer.seconds for source in sources)
@@ -225,7 +283,9 @@ def collect(args: argparse.Namespace) -> int:
             return show_plan(args.out, sources, target_s - have_s)
         check_space(args.out, target_s - have_s)
         max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb
-        rules = Rules(collection.known_audio(), read_excluded(args.exclude_ids), max_bytes)
+        rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
+        for turn in read_turns(args.out, with_audio=False) if collection.entries else ():
+            rules.learn(turn)
         with StopSignals() as stop, worker_pool(args.workers) as pool:
             for source in sources:
                 source.results = results_in_order(source.units, pool, args.workers + 1)
@@ -265,6 +325,8 @@ def progress_bar(hours: float | None, have_s: float) -> tqdm:
 def open_sources(args: argparse.Namespace, collection: Collection) -> list[Source]:
     """All requested sources that can be used, checked before anything is collected; the error if there is none."""
     sources, problems = [], []
+    cleaning = Cleaning(args.vad, args.min_dnsmos, args.words)
+    cleaning.check()
     for name in dict.fromkeys(args.sources):
         try:
             source = SOURCES[name](args, collection.units(name))
@@ -273,6 +335,10 @@ def open_sources(args: argparse.Namespace, collection: Collection) -> list[Sourc
                 raise
             problems.append((name, error))
             continue
+        own = (unit for unit in source.units if belongs(unit, *args.shard))
+        if any(cleaning):
+            own = (unit._replace(job=functools.partial(cleaned, unit.job, cleaning)) for unit in own)
+        source.units = own
         source.writer = ShardWriter(collection, source.name, source.version, args.shard_minutes * 60)
         sources.append(source)
     if not sources:
@@ -319,16 +385,19 @@ def print_summary(folder: Path) -> None:
 
 
 def verify(folder: Path) -> int:
-    """Hash every shard; exit code 3 if one was damaged and put aside."""
-    if not (folder / "shards.jsonl").is_file():
+    """Hash every shard, of all parts; exit code 3 if one was damaged and put aside."""
+    if not ledgers(folder):
         raise FileNotFoundError(f"no collection in {folder}")
-    with only_run_in(folder):
-        collection = Collection(folder)
-        problems = collection.verify()
+    whole, damaged = 0, 0
+    for ledger in ledgers(folder):
+        with only_run_in(ledger.parent):
+            collection = Collection(ledger.parent)
+            problems = collection.verify()
         for problem in problems:
             print(problem)
-        print(f"{len(collection.entries)} shard(s) are whole, {len(problems)} damaged")
-        return EXIT_PARTIAL if problems else EXIT_DONE
+        whole, damaged = whole + len(collection.entries), damaged + len(problems)
+    print(f"{whole} shard(s) are whole, {damaged} damaged")
+    return EXIT_PARTIAL if damaged else EXIT_DONE
 
 
 def place(text: str) -> tuple[str, Path]:
@@ -367,6 +436,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_disk_gb", type=float, metavar="G", help="stop when the shards take so much (default: no limit)")
     exclude_help = "file with an id a line, of turns, conversations or speakers that must not come in"
     add("--exclude_ids", type=Path, metavar="FILE", help=exclude_help)
+    add("--shard", type=part, default=default_part(), metavar="I/N", help=PART_HELP + "; each has a folder in --out")
+    vad_help = "cut silence by voice activity (silero-vad) instead of by level alone; refuse turns without speech"
+    add("--vad", action="store_true", help=vad_help)
+    add("--words", action="store_true", help="store when each word is said, by Whisper tiny.en (English turns)")
+    add("--min_dnsmos", type=float, metavar="Q", help="refuse turns with a DNSMOS overall quality (1 to 5) under Q")
     add("--dry_run", action="store_true", help="show what would be collected and stop")
     add("--status", action="store_true", help="show what is collected and stop")
     add("--verify", action="store_true", help="hash every shard; a damaged one is put aside to be collected again")
@@ -384,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} must be above 0, got {value}")
     if args.status:
-        if not (args.out / "shards.jsonl").is_file():
+        if not ledgers(args.out):
             raise FileNotFoundError(f"no collection in {args.out}")
         print_summary(args.out)
         return EXIT_DONE

@@ -134,3 +134,21 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type, help_t
         else:
             kind = type(field.default)
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text, metavar=kind.__name__)
+
+
+PART_HELP = (
+    "do only part I (from 0) of N of the work, beside others that do the rest (default: under torchrun its rank)"
+)
+
+
+def part(text: str) -> tuple[int, int]:
+    """I/N of the command line -> (I, N)."""
+    index, sign, of = text.partition("/")
+    if not (sign and index.isdigit() and of.isdigit() and int(index) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, for example 3/16")
+    return int(index), int(of)
+
+
+def default_part() -> tuple[int, int]:
+    """This process's rank of all that torchrun has started; everything without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -29,7 +29,8 @@ from audio import SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
 from codec_gates import Coded, as_values, check_gates, codebook_use, draw_gates, print_gates
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
-from dataset_pipeline import Conversation, ConversationDataset, TokenCache, load_clips
+from conversations import Conversation, load_clips
+from dataset_pipeline import ConversationDataset
 from evaluation_report import (
     FULL,
     GENERATED,
@@ -65,6 +66,7 @@ from speech_metrics import (
     stoi,
 )
 from text_tokenizer import load_text_tokenizer
+from token_cache import TokenCache
 from training import batch_losses
 from turn_shards import TurnRecord
 
@@ -301,10 +303,10 @@ def held_out_losses(
     model: CSM, dataset: ConversationDataset, limit: int, device: torch.device, seed: int
 ) -> list[Figure]:
     """K figures, nats per code of codebook 0..K-1, over the first `limit` documents, interval over conversations."""
-    samples = sorted(sample for row in dataset.plan(seed=0, epoch=0) for sample in row)[:limit]
+    samples = dataset.samples()[:limit]
     items: list[list[Item]] = [[] for _ in range(model.config.n_codebooks)]
     for sample in tqdm(samples, desc="held-out losses", unit="document"):
-        batch = dataset.collate([[sample]], seed=None)
+        batch = dataset.collate([[sample]], seeds=None)
         depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
         with torch.inference_mode():
             found = batch_losses(model, batch, depth_rows, device)

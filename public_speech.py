@@ -113,20 +113,25 @@ def hub_units(name: str, seed: int, done: set[str]) -> Iterator[Unit]:
 
 
 def hub_rows(name: str) -> Iterator[dict]:
-    """Rows with undecoded audio, streamed; MissingRequirement with the remedy if that fails."""
+    """Rows of `HUBS[name]`; errors as `stream_rows`."""
+    columns = {"audio", "speaker_id", "chapter_id", "id", HUBS[name].text}
+    remedy = f"unpack its archive from openslr.org and give --local {name}=DIR"
+    return stream_rows(name, HUBS[name].files, columns, remedy)
+
+
+def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterator[dict]:
+    """Rows of Parquet `files` with undecoded audio. MissingRequirement: out of reach; ValueError: `columns` missing."""
     import datasets
 
     def unreachable(error: Exception) -> MissingRequirement:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return MissingRequirement(f"{name} cannot be read from the Hugging Face hub ({reason}); {remedy}")
 
-    remedy = f"unpack its archive from openslr.org and give --local {name}=DIR"
     try:
-        files = {"wanted": HUBS[name].files}
-        rows = datasets.load_dataset("parquet", data_files=files, split="wanted", streaming=True)
+        rows = datasets.load_dataset("parquet", data_files={"wanted": files}, split="wanted", streaming=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise unreachable(error) from error
-    missing = {"audio", "speaker_id", "chapter_id", "id", HUBS[name].text} - set(rows.column_names or ())
+    missing = columns - set(rows.column_names or ())
     if rows.column_names and missing:
         lacking, found = ", ".join(sorted(missing)), ", ".join(rows.column_names)
         raise ValueError(f"{name} on the hub lacks {lacking}; found {found}; {remedy}")
@@ -228,7 +233,7 @@ def voice_sets(table: Path) -> list[Recording]:
         if missing:
             raise ValueError(f"{table}: column {', '.join(missing)} missing; found {', '.join(found)}")
         rows = sorted(reader, key=lambda row: (row["client_id"], row["path"]))
-    language = table.parent.name
+    language, durations = table.parent.name, clip_durations(table.with_name("clip_durations.tsv"))
     recordings = []
     for client, own in itertools.groupby(rows, key=lambda row: row["client_id"]):
         for index, row in enumerate(own):
@@ -243,10 +248,21 @@ def voice_sets(table: Path) -> list[Recording]:
                     licence="CC0-1.0",
                     name=row["path"],
                     group=client[:24],
+                    seconds=durations.get(row["path"]),
                     facts=(*CC0, ("speaker_sex", sex_of(row.get("gender") or ""))),
                 )
             )
     return recordings
+
+
+def clip_durations(table: Path) -> dict[str, float]:
+    """Clip -> seconds, where the release tells them; the first column has had several names."""
+    if not table.is_file():
+        return {}
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        next(rows, None)
+        return {row[0]: int(row[1]) / 1000 for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def sex_of(gender: str) -> str | None:

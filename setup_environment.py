@@ -45,6 +45,7 @@ DOWNLOAD_GB = 2.8  # what pip keeps in the temporary folder until all of it is i
 EXTRAS = {
     "data": "the built-in voice: collect_data.py --sources synthetic",
     "eval": "word error rate, STOI, PESQ and speaker similarity in evaluation_framework.py",
+    "filters": "voice activity and DNSMOS in collect_data.py: --vad, --min_dnsmos",
     "dev": "the test suite and the linter: run_tests.sh",
     "common-voice": "Mozilla's client, for collect_data.py --sources common_voice; Python 3.12 or later",
 }

@@ -416,6 +416,17 @@ class Recognizer:
         )
         return " ".join(segment.text.strip() for segment in segments)
 
+    def words(self, samples: np.ndarray) -> list[tuple[str, float, float]]:
+        """(N,) at 24 kHz -> the words heard, each with its begin and end in seconds, from the model's attention."""
+        segments, _ = self._model.transcribe(
+            resample(samples, SAMPLE_RATE, ASR_RATE),
+            language="en",
+            temperature=0.0,
+            condition_on_previous_text=False,
+            word_timestamps=True,
+        )
+        return [(word.word.strip(), word.start, word.end) for segment in segments for word in segment.words]
+
 
 def _bundled_model() -> str:
     try:

@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 
 import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
+from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
 from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
-COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence")
+COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
+MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
 
 
 class UnitResult(NamedTuple):
@@ -68,24 +72,6 @@ def sort_results(results: Iterable[TurnRecord | Reject]) -> UnitResult:
 # --- recordings ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """One turn that lies in a file, or is the bytes of one. `text` None: its transcript could not be read."""
-
-    audio: Path | bytes
-    text: str | None
-    speaker: str = "unknown"
-    conversation: str
-    turn_index: int = 0
-    start: float | None = None
-    language: str = "en"
-    style: str | None = None
-    licence: str = "NOASSERTION"
-    name: str = ""  # path as its publisher writes it
-    group: str = ""  # recordings of a group land in the same split; the conversation if there is none
-    facts: tuple[tuple[str, object], ...] = ()  # further fields of `TurnRecord`
-
-
 def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[str]) -> list[Unit]:
     """One unit a conversation, in an order drawn from `seed`, without those that are done."""
     conversations: dict[str, list[Recording]] = {}
@@ -118,14 +104,19 @@ def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> Uni
 
 def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord | Reject:
     try:
-        samples, rate = load(turn.audio)
+        samples, rate = load(turn)
     except FileNotFoundError as error:
         return Reject(utt_id=utt_id, reason="missing_file", detail=str(error))
     except ValueError as error:
         return Reject(utt_id=utt_id, reason="unreadable_audio", detail=str(error))
     if turn.text is None:
         return Reject(utt_id=utt_id, reason="missing_text", detail=f"no UTF-8 transcript beside {turn.name}")
-    samples = synthetic_voices.trim_silence(samples, rate)
+    found = len(samples) / rate
+    if turn.seconds is not None and abs(found - turn.seconds) > max(0.1, 0.02 * turn.seconds):
+        detail = f"{found:.2f} s, its publisher says {turn.seconds:.2f} s"
+        return Reject(utt_id=utt_id, reason="wrong_length", detail=detail)
+    if turn.span is None and not turn.trimmed:
+        samples = synthetic_voices.trim_silence(samples, rate)
     facts = {
         "utt_id": utt_id,
         "source": source,
@@ -143,11 +134,37 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
     return make_turn(samples, rate, turn.text, **facts | dict(turn.facts))
 
 
-def load(audio: Path | bytes) -> tuple[np.ndarray, int]:
+def load(turn: Recording) -> tuple[np.ndarray, int]:
     """Samples (N,) at their own rate. FileNotFoundError, ValueError as `read_audio`."""
-    if isinstance(audio, Path) and audio.suffix == ".g722":
-        return read_g722(audio)
-    return read_audio(audio, sample_rate=None)
+    if turn.channel is not None or turn.span is not None:
+        return read_part(turn.audio, turn.channel, turn.span or (0.0, math.inf))
+    if isinstance(turn.audio, Path) and turn.audio.suffix == ".g722":
+        return read_g722(turn.audio)
+    return read_audio(turn.audio, sample_rate=None)
+
+
+def read_part(path: Path, channel: int | None, span: tuple[float, float]) -> tuple[np.ndarray, int]:
+    """Samples (N,) of one channel, or of the mean of all, in a span of seconds; the rest of the file is not read.
+
+    FileNotFoundError, ValueError as `read_audio`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no audio file at {path}")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, seconds = file.samplerate, file.frames / file.samplerate
+            if channel is not None and channel >= file.channels:
+                raise ValueError(f"{path} has {file.channels} channel(s), number {channel + 1} is needed")
+            if math.isfinite(span[1]) and span[1] - seconds > MAX_MISSING_S:
+                raise ValueError(f"{path}: truncated, it ends at {seconds:.2f} s, the turn at {span[1]:.2f} s")
+            first, stop = (round(min(edge, seconds) * rate) for edge in span)
+            file.seek(first)
+            samples = file.read(stop - first, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: not readable as wav, flac, ogg or mp3 ({error})") from error
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: holds samples that are not finite")
+    return samples.mean(axis=1) if channel is None else samples[:, channel], rate
 
 
 def read_g722(path: Path) -> tuple[np.ndarray, int]:
@@ -261,7 +278,7 @@ def read_folder(folder: Path) -> list[Recording]:
 
 
 def read_manifest(path: Path) -> list[Recording]:
-    """Rows of a JSONL or CSV manifest. ValueError names the columns that are missing, or the bad lines."""
+    """Turns of a JSONL or CSV manifest. ValueError names the columns that are missing, or the bad lines."""
     if path.suffix.lower() not in (".jsonl", ".csv"):
         raise ValueError(f"--input {path}: expected a folder, a .jsonl or a .csv manifest")
     try:
@@ -287,7 +304,7 @@ def read_manifest(path: Path) -> list[Recording]:
     turns = []
     for number, row in rows:
         try:
-            turns.append(local_turn(path.parent, row, number))
+            turns += manifest_turns(path, row, number)
         except (ValueError, TypeError) as error:
             problems.append(f"line {number}: {error}")
     if problems or not turns:
@@ -297,6 +314,15 @@ def read_manifest(path: Path) -> list[Recording]:
     return turns
 
 
+def manifest_turns(path: Path, row: dict, number: int) -> list[Recording]:
+    """The turns of one line of `path`; its keys tell a line of `conversation_formats` from a row of `COLUMNS`."""
+    if messages_of(row) is not None:
+        return recordings_of_csm(row, path)
+    if {"path", "duration"} <= row.keys() and not {"audio", "text"} & row.keys():
+        return recordings_of_moshi(row, path)
+    return [local_turn(path.parent, row, number)]
+
+
 def local_turn(folder: Path, row: dict, number: int) -> Recording:
     """One manifest row; `number` places turns that say nothing of their order."""
     row = {name: value for name, value in row.items() if value not in (None, "") or name == "text"}
@@ -304,7 +330,9 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
     if missing:
         found = ", ".join(map(str, row))
         raise ValueError(f"column {' and '.join(missing)} missing; found {found}; known are {', '.join(COLUMNS)}")
-    name = str(row["audio"])
+    name, trimmed = str(row["audio"]), str(row.get("trimmed", False)).lower()
+    if trimmed not in ("true", "false"):
+        raise ValueError(f"trimmed is {row['trimmed']!r}, expected true or false")
     return Recording(
         audio=folder / name,
         text=str(row["text"] or ""),
@@ -316,4 +344,5 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
         style=str(row["style"]) if "style" in row else None,
         licence=str(row.get("licence", row.get("license", "NOASSERTION"))),
         name=name,
+        trimmed=trimmed == "true",
     )

@@ -14,11 +14,12 @@ import torch
 from architecture import CSM
 from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
-from dataset_pipeline import ConversationDataset, TokenCache
+from dataset_pipeline import ConversationDataset
 from model_sizes import preset
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
+from token_cache import TokenCache
 from training import TrainConfig, choose_bf16, mixture, train
 
 

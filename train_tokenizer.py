@@ -36,7 +36,7 @@ from codec_training import (
     train_step,
 )
 from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
-from dataset_pipeline import load_clips
+from conversations import load_clips
 from ranks import Ranks, join_ranks
 from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings

@@ -214,7 +214,7 @@ def evaluate_losses(
     model.eval()
     sums, counts = [], []
     for row in dataset.plan(seed=0, epoch=0)[:max_rows]:
-        batch = dataset.collate([row], seed=None)
+        batch = dataset.collate([row], seeds=None)
         depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
         sums.append(batch_losses(model, batch, depth_rows, device))
         counts.append(count_targets(batch, depth_rows))

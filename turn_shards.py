@@ -22,7 +22,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ import pyarrow.parquet
 from audio import encode_pcm16, loudness_lufs, rms_dbfs, to_pcm16
 from checkpointing import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
+PARTS = "part-*-of-*"  # folders in a collection that several processes filled
 MIN_S, MAX_S = 0.4, 30.0  # of a turn
 MIN_RMS_DBFS = -50.0
 MAX_CLIPPED = 0.01
@@ -63,6 +64,8 @@ class TurnRecord:
     lang: str = "en"  # BCP-47
     style: str | None = None
     voice_parameters: str | None = None  # JSON of the numbers a synthetic voice was made with
+    words: str | None = None  # JSON [[word, start, end], ...], seconds from the first sample of `audio`
+    dnsmos_ovrl: float | None = None  # DNSMOS P.835 overall quality, 1 to 5; None: not measured
     audio: bytes | None
     sample_rate: int  # native, resampled once when tokens are made
     num_samples: int
@@ -189,8 +192,8 @@ class Collection:
     def __init__(self, folder: Path):
         self.folder = folder
         self.ledger = folder / "shards.jsonl"
-        _cut_torn_line(self.ledger)
-        self.entries = read_ledger(folder)
+        cut_torn_line(self.ledger)
+        self.entries = read_lines(self.ledger)
         for partial in [*folder.glob("turns/*/.tmp-*"), *folder.glob("turns/*/.*.partial")]:
             partial.unlink()
         self.adopted = [path for path in self._unlisted_shards() if self._adopt(path)]
@@ -201,13 +204,6 @@ class Collection:
 
     def seconds(self, source: str) -> float:
         return sum(entry.seconds for entry in self.entries if entry.source == source)
-
-    def known_audio(self) -> dict[str, str]:
-        """pcm_sha256 -> utt_id of every committed turn."""
-        known = {}
-        for table in _tables(self.folder, self.entries, ["pcm_sha256", "utt_id"]):
-            known.update(zip(table["pcm_sha256"].to_pylist(), table["utt_id"].to_pylist(), strict=True))
-        return known
 
     def commit(
         self, source: str, source_version: str, units: list[str], turns: list[TurnRecord], rejects: list[Reject]
@@ -266,7 +262,7 @@ class Collection:
             path.unlink()  # its units were collected again in the meantime
             return False
         content = path.read_bytes()
-        self._append(dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)))
+        self._append(replace(entry, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)))
         return True
 
     def verify(self) -> list[str]:
@@ -309,24 +305,31 @@ class ShardWriter:
     units: list[str] = field(default_factory=list)
     turns: list[TurnRecord] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+    committed: float = field(init=False)  # seconds
+    buffered: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.committed = self.collection.seconds(self.source)
 
     @property
     def seconds(self) -> float:
         """Committed and buffered audio of this source."""
-        return self.collection.seconds(self.source) + sum(turn.duration_s for turn in self.turns)
+        return self.committed + self.buffered
 
     def add(self, unit: str, turns: list[TurnRecord], rejects: list[Reject]) -> None:
         self.units.append(unit)
         self.turns += turns
         self.rejects += rejects
-        if sum(turn.duration_s for turn in self.turns) >= self.shard_seconds:
+        self.buffered += sum(turn.duration_s for turn in turns)
+        if self.buffered >= self.shard_seconds:
             self.flush()
 
     def flush(self) -> None:
         """Commit what is buffered, if anything."""
         if self.units:
             self.collection.commit(self.source, self.source_version, self.units, self.turns, self.rejects)
-            self.units, self.turns, self.rejects = [], [], []
+            self.committed += self.buffered
+            self.units, self.turns, self.rejects, self.buffered = [], [], [], 0.0
 
 
 def read_turns(data_dir: Path, with_audio: bool, entries: list[LedgerEntry] | None = None) -> Iterator[TurnRecord]:
@@ -334,7 +337,7 @@ def read_turns(data_dir: Path, with_audio: bool, entries: list[LedgerEntry] | No
 
     FileNotFoundError: no collection there, or a shard is gone. ValueError: a shard or the ledger is damaged.
     """
-    if not (data_dir / "shards.jsonl").is_file():
+    if not ledgers(data_dir):
         raise FileNotFoundError(f"no collected data in {data_dir}; collect some with: python collect_data.py")
     columns = SCHEMA.names if with_audio else METADATA_COLUMNS
     for table in _tables(data_dir, read_ledger(data_dir) if entries is None else entries, columns):
@@ -343,9 +346,25 @@ def read_turns(data_dir: Path, with_audio: bool, entries: list[LedgerEntry] | No
             yield TurnRecord(**row, audio=audio["bytes"] if audio else None)
 
 
+def ledgers(data_dir: Path) -> list[Path]:
+    """The ledger of a folder and those of its parts, each collected by a process of its own."""
+    return [
+        path for path in (data_dir / "shards.jsonl", *sorted(data_dir.glob(f"{PARTS}/shards.jsonl"))) if path.is_file()
+    ]
+
+
 def read_ledger(data_dir: Path) -> list[LedgerEntry]:
+    """Committed shards of a folder and its parts, paths relative to the folder. ValueError: a ledger is damaged."""
+    entries = []
+    for ledger in ledgers(data_dir):
+        place = ledger.parent.relative_to(data_dir)
+        listed = read_lines(ledger)
+        entries += [replace(e, path=None if e.path is None else (place / e.path).as_posix()) for e in listed]
+    return entries
+
+
+def read_lines(path: Path) -> list[LedgerEntry]:
     """All whole lines; a last line torn by a crash is left out. ValueError: an earlier line is damaged."""
-    path = data_dir / "shards.jsonl"
     entries: list[LedgerEntry] = []
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is not a whole line
@@ -389,7 +408,9 @@ def _tables(folder: Path, entries: list[LedgerEntry], columns: list[str]) -> Ite
         if not (folder / entry.path).is_file():
             raise FileNotFoundError(f"shard {folder / entry.path} is listed but gone; {remedy}")
         try:
-            yield pyarrow.parquet.read_table(folder / entry.path, columns=columns, use_threads=False)
+            with pyarrow.parquet.ParquetFile(folder / entry.path) as file:
+                there = [name for name in columns if name in file.schema_arrow.names]  # older shards have fewer
+                yield file.read(columns=there, use_threads=False)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"shard {folder / entry.path} is damaged ({error}); {remedy}") from error
 
@@ -423,7 +444,7 @@ def _write_shard(folder: Path, entry: LedgerEntry, turns: list[TurnRecord]) -> L
         raise
     os.replace(partial, path)
     _fsync_folder(path.parent)
-    return dataclasses.replace(entry, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    return replace(entry, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
 def _check_shard(path: Path, rows: int) -> None:
@@ -442,7 +463,8 @@ def _damage(folder: Path, entry: LedgerEntry) -> str | None:
     return None if digest == entry.sha256 else "does not have the recorded SHA-256"
 
 
-def _cut_torn_line(ledger: Path) -> None:
+def cut_torn_line(ledger: Path) -> None:
+    """Drop what follows the last newline: a crash came before the line was whole."""
     if not ledger.is_file():
         return
     with open(ledger, "rb+") as file:

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import turn_record
 
 import collect_data
 import speech_sources
 import synthetic_voices
 from audio import write_wav
-from collect_data import Rules, Source, Unit, UnitResult, fill_all, main
+from collect_data import Rules, Source, Unit, UnitResult, apply_rules, fill_all, main
 from command_line import (
     EXIT_BUSY,
     EXIT_DONE,
@@ -25,6 +27,7 @@ from command_line import (
     EXIT_PARTIAL,
     EXIT_STORAGE,
     StopSignals,
+    default_part,
     only_run_in,
     run,
 )
@@ -334,12 +337,19 @@ def test_a_second_run_in_the_same_folder_is_exit_6(tmp_path, capsys):
     assert "another run" in capsys.readouterr().err
 
 
-def start(out, source):
-    """A collecting process that has imported everything and waits for a line on its input."""
+def start(out, source, forking=False):
+    """A process that has imported everything and collects at a line on its input; or a child of it at every line."""
     flags = ["--sources", "local", "--input", str(source), "--out", str(out), "--workers", "1"]
+    work = f"os._exit(run(collect_data.main, {[*flags, '--shard_minutes', '0.04']!r}))"
     code = (
-        "import sys, collect_data; from command_line import run; print('ready', flush=True); sys.stdin.readline();"
-        f"sys.exit(run(collect_data.main, {[*flags, '--shard_minutes', '0.04']!r}))"
+        "import os, sys, collect_data\nfrom command_line import run\nprint('ready', flush=True)\n"
+        + (
+            "for line in sys.stdin:\n    child = os.fork()\n    if child == 0:\n        os.close(1)\n"
+            if forking
+            else ""
+        )
+        + (f"        {work}\n    print(child, flush=True)\n    os.waitpid(child, 0)\n" if forking else "")
+        + ("" if forking else f"sys.stdin.readline()\n{work}\n")
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
@@ -360,31 +370,77 @@ def wait_for_shards(out, count):
     raise AssertionError(f"no {count} shards after a minute")
 
 
-def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path):
-    source, out = recordings(tmp_path / "in", 60), tmp_path / "out"
-    moments = random.Random(4)
-    processes = [start(out, source) for _ in range(5)]
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
+def test_kill_9_at_50_random_moments_loses_and_repeats_nothing(tmp_path):
+    source, out = recordings(tmp_path / "in", 240), tmp_path / "out"
+    moments, committed = random.Random(4), []
+    process = start(out, source, forking=True)
     try:
-        for process in processes:
-            process.stdout.readline()
-        committed: list[str] = []
-        for number, process in enumerate(processes):
+        process.stdout.readline()
+        for number in range(50):
             set_going(process)
-            wait_for_shards(out, len(read_ledger(out)) + 1)
-            time.sleep(moments.uniform(0, 0.05))
-            process.kill()
-            process.wait()
-            kept = ids(out)
+            child = int(process.stdout.readline())
+            if number % 2:  # after a while, or around a commit
+                wait_for_shards(out, len(read_ledger(out)) + 1)
+                time.sleep(moments.uniform(0, 0.05))
+            else:
+                time.sleep(moments.uniform(0, 0.4))
+            os.kill(child, signal.SIGKILL)
+            kept = ids(out) if (out / "shards.jsonl").is_file() else []
             assert kept[: len(committed)] == committed, f"kill {number} lost committed turns"
             committed = kept
-        assert 5 <= len(committed) < 60
+        assert 25 <= len(committed) < 240
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
     assert collect(out, source) == EXIT_DONE
     assert ids(out)[: len(committed)] == committed
-    assert_whole(out, 60)
+    assert_whole(out, 240)
+
+
+def test_parts_collect_everything_once_and_are_read_as_one_collection(tmp_path, capsys):
+    source = recordings(tmp_path / "in", 24)
+    for index in range(3):
+        assert collect(tmp_path / "parts", source, "--shard", f"{index}/3") == EXIT_DONE
+    assert collect(tmp_path / "whole", source) == EXIT_DONE
+    assert sorted(ids(tmp_path / "parts")) == sorted(ids(tmp_path / "whole"))
+    folders = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert folders == [f"part-{index:03d}-of-003" for index in range(3)]
+    capsys.readouterr()
+    assert run(main, ["--out", str(tmp_path / "parts"), "--verify"]) == EXIT_DONE
+    assert run(main, ["--out", str(tmp_path / "parts"), "--status"]) == EXIT_DONE
+    assert " 24 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--shard", "0/2"], []], ids=["another number", "none"])
+def test_another_number_of_parts_is_refused(tmp_path, capsys, flags):
+    source = recordings(tmp_path / "in", 4)
+    assert collect(tmp_path / "out", source, "--shard", "1/3") == EXIT_DONE
+    assert collect(tmp_path / "out", source, *flags) == EXIT_INPUT
+    assert "was collected as part-001-of-003" in capsys.readouterr().err
+
+
+def test_parts_under_torchrun_are_its_ranks(monkeypatch):
+    assert default_part() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert default_part() == (2, 4)
+
+
+def test_a_sentence_a_voice_has_said_and_an_id_that_is_taken_are_refused():
+    samples = voice_like(0)
+    rules = Rules()
+
+    def turn(number, **facts):
+        return replace(turn_record("set", number, "v", TEXT, samples), **{"pcm_sha256": str(number), **facts})
+
+    def reasons(*turns):
+        return [reject.reason for reject in apply_rules(UnitResult(list(turns), []), rules).rejects]
+
+    assert reasons(turn(0, source="common_voice"), turn(1, source="common_voice")) == ["duplicate_text"]
+    assert reasons(turn(2), turn(3)) == []  # in a dialogue people repeat themselves
+    assert reasons(turn(3, text="other")) == ["duplicate"]
+    assert reasons(turn(4, utt_id="test:set-3")) == ["id_conflict"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")

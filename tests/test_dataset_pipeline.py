@@ -1,33 +1,20 @@
-"""From turns to batches: splits, loudness, token cache, packing; a batch is a function of seed and step alone."""
+"""From conversations to batches: context, packing, mixture; a batch is a function of seed and step alone."""
 
 import json
 import shutil
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer, turn_record, voice, write_tiny_data
+from conftest import turn_record, voice, write_tiny_data
 
 import dataset_pipeline
-from audio import loudness_lufs, read_audio
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from dataset_pipeline import (
-    SPLITS,
-    ConversationDataset,
-    Mixture,
-    Sample,
-    TokenCache,
-    build_conversations,
-    load_clips,
-    loudness_gains,
-    pack,
-    split_of,
-    write_conversations,
-)
+from conversations import SPLITS, split_of, write_conversations
+from dataset_pipeline import ConversationDataset, Mixture, Sample, pack
 from frames import IGNORE, FrameLayout, Rows
-from prosody import prosody_features
 from text_tokenizer import ByteTokenizer
+from token_cache import TokenCache
 from turn_shards import Collection, read_turns
 
 LAYOUT = FrameLayout(n_codebooks=4, codebook_size=16, text_per_chunk=10, frames_per_chunk=4)
@@ -71,73 +58,6 @@ def order_of(turn: Rows) -> str:
     return "".join(letter for i, letter in enumerate(letters) if letters[:i][-1:] != letter)
 
 
-def test_splits_are_about_80_10_10_and_never_move():
-    names = [f"group {i}" for i in range(4000)]
-    counts = Counter(split_of(name) for name in names)
-    assert counts["train"] == pytest.approx(3200, abs=100)
-    assert counts["val"] == pytest.approx(400, abs=70)
-    assert [split_of("group 0"), split_of("group 1"), split_of("group 6")] == ["train", "val", "train"]
-
-
-def test_no_turn_is_in_two_splits(shared_data):
-    groups = {split: {turn.split_group for turn, _ in load_clips(shared_data, split)} for split in SPLITS}
-    assert all(groups.values())
-    assert sum(len(names) for names in groups.values()) == len(set.union(*groups.values())) == 30
-
-
-def test_a_conversation_in_two_splits_is_refused():
-    other = next(f"g{i}" for i in range(100) if split_of(f"g{i}") != split_of("talk"))
-    samples = voice(0.5, 100)
-    turns = [turn_record("talk", 0, "a", "yes", samples), turn_record("talk", 1, "b", "no", samples, split_group=other)]
-    with pytest.raises(ValueError, match="give it one split_group"):
-        build_conversations(turns)
-
-
-def test_loudness_is_evened_per_speaker_of_a_conversation_but_not_per_turn():
-    loud, soft = voice(1.0, 120, level=0.2), voice(1.0, 120, level=0.05)
-    records = [turn_record("c", 0, "a", "aa", loud), turn_record("c", 1, "a", "bb", soft)]
-    gains = loudness_gains(records)
-    assert gains["test:c-0"] == gains["test:c-1"]
-    joined = np.concatenate([loud, soft]) * gains["test:c-0"]
-    assert loudness_lufs(joined, 16_000) == pytest.approx(-23, abs=0.7)
-
-
-def test_a_gain_never_clips():
-    spiky = voice(1.0, 120, level=0.001)
-    spiky[100] = 0.9
-    (gain,) = loudness_gains([turn_record("c", 0, "a", "aa", spiky)]).values()
-    assert 0.9 * gain == pytest.approx(10 ** (-1 / 20), rel=1e-3)
-
-
-def test_clips_of_a_split_are_reproducible_and_resampled_once(shared_data):
-    clips = load_clips(shared_data, "train", limit=5, seed=3)
-    again = load_clips(shared_data, "train", limit=5, seed=3)
-    assert [turn.utt_id for turn, _ in clips] == [turn.utt_id for turn, _ in again]
-    assert len(clips) == 5
-    assert [turn.utt_id for turn, _ in clips] != [
-        turn.utt_id for turn, _ in load_clips(shared_data, "train", 5, seed=4)
-    ]
-    for turn, samples in clips:
-        assert turn.audio is None
-        assert len(samples) == pytest.approx(turn.duration_s * 24_000, abs=2)
-
-
-def test_cached_codes_are_those_of_the_tokenizer(shared_data, tokenizer):
-    cache = TokenCache(shared_data, tokenizer)
-    for turn, samples in load_clips(shared_data, "val"):
-        codes = tokenizer.encode(torch.from_numpy(samples)[None])[0]
-        assert np.array_equal(cache.codes[turn.utt_id], codes.numpy())
-
-
-def test_cached_prosody_is_that_of_the_normalised_samples(shared_data, tokenizer):
-    cache = TokenCache(shared_data, tokenizer)
-    for turn, samples in load_clips(shared_data, "val"):
-        expected = prosody_features(samples, len(turn.text)).numpy()
-        assert np.isfinite(expected).all()
-        np.testing.assert_array_equal(cache.prosody[turn.utt_id], expected)
-        assert cache.prosody[turn.utt_id].dtype == np.float32
-
-
 def test_rows_hold_the_prosody_of_their_turn(shared_data, tokenizer):
     dataset = make_dataset(shared_data, tokenizer, text_only=0.3)
     known = {row.tobytes() for row in dataset.cache.prosody.values()}
@@ -151,38 +71,13 @@ def test_rows_hold_the_prosody_of_their_turn(shared_data, tokenizer):
     assert kinds == {"t", "ta"}
 
 
-def test_tokens_are_made_once_per_shard_and_tokenizer(tmp_path, tokenizer, monkeypatch):
-    data = write_tiny_data(tmp_path / "data", n_conversations=4)
-    cache = TokenCache(data, tokenizer)
-    files = sorted(cache.folder.glob("*.npz"))
-    assert len(files) == 2
-    files[0].unlink()  # as if killed between the two shards
-    (cache.folder / "left-over.partial").write_bytes(b"torn")
-    made = []
-    monkeypatch.setattr(
-        TokenCache, "_make", lambda self, *a, real=TokenCache._make: made.append(a[1]) or real(self, *a)
-    )
-    assert TokenCache(data, tokenizer).codes.keys() == cache.codes.keys()
-    assert len(made) == 1
-    other = TokenCache(data, tiny_tokenizer(seed=1))
-    assert other.folder != cache.folder
-
-
-def test_a_damaged_token_file_is_named(tmp_path, tokenizer):
-    data = write_tiny_data(tmp_path / "data", n_conversations=2)
-    file = next(TokenCache(data, tokenizer).folder.glob("*.npz"))
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it"):
-        TokenCache(data, tokenizer)
-
-
 def test_every_turn_is_learnt_once_per_epoch(dataset):
     for epoch in range(3):
         heard = Counter(
             (sample.conversation, index)
             for row in dataset.plan(seed=1, epoch=epoch)
             for sample in row
-            for index in range(sample.start, sample.stop)
+            for index in range(sample.first, sample.stop)
         )
         assert set(heard.values()) == {1}
         assert len(heard) == sum(len(c.turns) for c in dataset.conversations)
@@ -196,8 +91,47 @@ def test_no_row_is_overfull_and_packing_wastes_little(dataset):
 
 
 def test_packing_keeps_every_sample_and_fills_rows():
-    samples = [Sample(i, 0, 1, rows) for i, rows in enumerate([6, 5, 4, 5, 3, 7])]
-    assert [[s.rows for s in row] for row in pack(samples, 10)] == [[6, 4], [5, 5], [3, 7]]
+    samples = [Sample(i, 0, 0, 1, rows) for i, rows in enumerate([6, 5, 4, 5, 3, 7])]
+    assert [[s.rows for s in row] for row in pack(samples, 10, lambda *_: None)] == [[6, 4], [5, 5], [3, 7]]
+
+
+def test_packing_fills_rows_with_parts_of_what_does_not_fit():
+    """Conversations of 60 positions in rows of 100, in turns of 3 and 4: whole, 57 % of the rows would be used."""
+
+    def split(sample: Sample, room: int) -> tuple[Sample, Sample] | None:
+        taken = room // 4 * 4
+        if not 0 < taken < sample.rows:
+            return None
+        return sample._replace(rows=taken), sample._replace(rows=sample.rows - taken + 8)  # 8 of context
+
+    rows = pack([Sample(i, 0, 0, 15, 60) for i in range(200)], 100, split)
+    used = [sum(sample.rows for sample in row) for row in rows]
+    assert max(used) <= 100 and sum(used) / (100 * len(rows)) > 0.95
+
+
+def test_a_conversation_that_is_cut_goes_on_with_its_newest_turns_as_context(tmp_path, tokenizer):
+    name = next(f"t{i}" for i in range(100) if split_of(f"t{i}") == "train")
+    turns = [turn_record(name, i, "ab"[i % 2], "some words", voice(0.56, 100 + 10 * i)) for i in range(20)]
+    (tmp_path / "data").mkdir()
+    Collection(tmp_path / "data").commit("test", "1", [name], turns, [])
+    one_turn = LAYOUT.turn_length(len(ByteTokenizer().encode("[0]some words")) + 2, 7)
+    dataset = make_dataset(tmp_path / "data", tokenizer, row_positions=8 * one_turn, no_context=0)
+    assert [(s.start, s.first, s.stop) for s in dataset.samples()] == [(0, 0, 8), (6, 8, 14), (12, 14, 20)]
+    second = turns_of(dataset.collate([[dataset.samples()[1]]], seeds=None))
+    assert [bool((turn.targets != IGNORE).any()) for turn in second] == [False] * 2 + [True] * 6
+    order = second[0].conversations.unique().tolist() + second[0].documents.unique().tolist()
+    assert order == [0, 0] and {int(turn.documents[0]) for turn in second} == {0}
+
+
+def test_parts_of_a_batch_are_the_rows_of_the_whole(shared_data, tokenizer):
+    dataset = make_dataset(shared_data, tokenizer, **EVERYTHING)
+    for step in range(4):
+        whole = dataset.batch(step, 4, seed=1)
+        for rank in range(2):
+            part = dataset.batch(step, 4, seed=1, part=slice(2 * rank, 2 * rank + 2))
+            L = part.tokens.size(1)
+            for ours, all_rows in zip(part, whole, strict=True):
+                assert torch.equal(ours.nan_to_num(), all_rows[2 * rank : 2 * rank + 2, :L].nan_to_num())
 
 
 @pytest.mark.parametrize("shares", [{}, EVERYTHING], ids=["plain", "everything"])
@@ -212,7 +146,8 @@ def test_a_batch_depends_on_seed_and_step_alone(shared_data, tokenizer, shares):
 
 
 @pytest.mark.parametrize("delay", [0, 3])
-def test_every_share_of_the_mixture_is_roughly_met(shared_data, tokenizer, delay):
+def test_every_share_of_the_mixture_is_roughly_met(shared_data, tokenizer, monkeypatch, delay):
+    monkeypatch.setattr(dataset_pipeline, "ROOM", 1.0)  # conversations stay whole
     sizes = {"n_codebooks": 4, "codebook_size": 16, "text_per_chunk": 10, "frames_per_chunk": 4}
     layout = FrameLayout(**sizes, n_semantic=2, acoustic_delay=delay)
     dataset = make_dataset(shared_data, tokenizer, layout=layout, no_context=0.2, **EVERYTHING)
@@ -247,7 +182,7 @@ def test_a_turn_without_a_share_is_never_drawn(shared_data, tokenizer):
 
 def test_held_out_rows_do_not_follow_the_mixture(shared_data, tokenizer):
     dataset = make_dataset(shared_data, tokenizer, no_context=0, listen=1, evict=1, one_speaker=1)
-    batch = dataset.collate(dataset.plan(0, 0)[:2], seed=None)
+    batch = dataset.collate([[sample] for sample in dataset.samples()[:4]], seeds=None)
     assert {order_of(turn) for turn in turns_of(batch)} == {"ta"}
     assert torch.equal(batch.documents, batch.conversations)
     assert all((turn.targets != IGNORE).any() for turn in turns_of(batch))
@@ -391,10 +326,3 @@ def test_a_missing_or_damaged_collection_is_one_line(tmp_path, capsys):
     shutil.rmtree(data / "turns")
     assert run(dataset_pipeline.main, ["--data", str(data)]) == EXIT_INPUT
     assert "is listed but gone" in capsys.readouterr().err
-
-
-def test_stored_audio_is_what_was_collected(shared_data):
-    turn = next(read_turns(shared_data, with_audio=True))
-    samples, rate = read_audio(turn.audio, None)
-    assert rate == turn.sample_rate
-    assert len(samples) == turn.num_samples

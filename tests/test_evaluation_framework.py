@@ -24,7 +24,8 @@ import evaluation_framework
 from architecture import save_model
 from audio import SAMPLE_RATE, read_audio, resample
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_MISSING, only_run_in, run
-from dataset_pipeline import ConversationDataset, TokenCache, split_of
+from conversations import split_of
+from dataset_pipeline import ConversationDataset
 from evaluation_framework import (
     CONTEXT_TURNS,
     Settings,
@@ -40,6 +41,7 @@ from evaluation_framework import (
 from evaluation_report import FULL, GENERATED, ORIGINAL, SEMANTIC, collect_warnings, model_note, players, show
 from speech_metrics import METRICS, NotMeasurable, Tally
 from text_tokenizer import ByteTokenizer
+from token_cache import TokenCache
 from training import evaluate_losses
 from turn_shards import Collection
 

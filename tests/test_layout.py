@@ -30,14 +30,23 @@ LEVELS = (
         "transformer",
         "turn_shards",
     },
-    {"cross_attention", "rvq_tokenizer"},
-    {"codec_training", "model_sizes"},
+    {"conversation_formats", "conversations", "cross_attention", "rvq_tokenizer"},
+    {"codec_training", "model_sizes", "token_cache"},
     {"architecture", "speech_metrics"},
     {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
     {"codec_probes", "synthetic_voices", "training"},
     {"codec_gates", "speech_sources"},
-    {"debian_speech", "evaluation_framework", "public_speech"},
-    {"collect_data", "demo", "setup_environment", "train", "train_minimal", "train_tokenizer"},
+    {"debian_speech", "evaluation_framework", "public_speech", "speech_filters"},
+    {"dialogue_corpora"},
+    {
+        "collect_data",
+        "demo",
+        "export_conversations",
+        "setup_environment",
+        "train",
+        "train_minimal",
+        "train_tokenizer",
+    },
 )
 SCRIPTS = (LEVELS[-1] | {"evaluation_framework"}) & {path.stem for path in ROOT.glob("*.py")}
 # Import names that differ from the name of the package that brings them

@@ -161,6 +161,16 @@ def test_clips_of_one_speaker_become_sets_of_one_voice(common_voice, tmp_path, c
     assert kinds == {"voice_set"}
 
 
+@pytest.mark.parametrize("column", ["clip", "filename"])
+def test_a_clip_of_another_length_than_its_release_says_is_refused(common_voice, tmp_path, capsys, column):
+    lengths = [(f"common_voice_en_{i}.mp3", 9000 if i == 5 else 1500 + 100 * i) for i in range(9)]
+    lines = [f"{column}\tduration[ms]", *(f"{name}\t{ms}" for name, ms in lengths)]
+    (common_voice / "en" / "clip_durations.tsv").write_text("\n".join(lines))
+    assert collect(tmp_path, "--sources", "common_voice", "--local", f"common_voice={common_voice}") == EXIT_PARTIAL
+    assert "1 missing_file, 1 wrong_length" in capsys.readouterr().out
+    assert len(turns_of(tmp_path)) == 7
+
+
 def test_common_voice_without_a_release_explains_where_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MDC_API_KEY", raising=False)
     assert collect(tmp_path, "--sources", "common_voice") == EXIT_MISSING

@@ -1,0 +1,194 @@
+"""Write collected conversations in other formats: python export_conversations.py --to wav --out exported
+
+    csm     data.jsonl in the chat format of transformers' CsmProcessor; a 24 kHz wav per turn in audio/
+    moshi   data.jsonl of moshi-finetune; a 24 kHz stereo wav per dialogue in stereo/, first speaker left, with its
+            words in a .json beside it; only for conversations of two speakers
+    wav     manifest.jsonl; a folder per conversation with a wav per turn, bit by bit as stored, and its text in a .txt
+
+Levels stay as they were recorded. `collect_data.py --sources local --input FILE.jsonl` reads each of them back. The
+.jsonl is written last: without it, an export was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from audio import SAMPLE_RATE, read_audio, write_wav
+from checkpointing import write_atomically
+from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from conversation_formats import MAIN_SPEAKER, MARGIN_S
+from conversations import SPLITS, Conversation, build_conversations
+from turn_shards import TurnRecord, read_turns
+
+INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl"}
+GAP_S = 0.3  # between turns whose times are not known
+
+
+def export(data_dir: Path, out: Path, kind: str, split: str) -> int:
+    """Write the conversations of a split as 'csm', 'moshi' or 'wav' into a new or empty folder; returns their number.
+
+    Prints how many were left out. FileNotFoundError, ValueError: no such data, or the folder is in use.
+    """
+    if kind not in INDEX or split not in SPLITS:
+        raise ValueError(f"unknown kind {kind!r} or split {split!r}; known are {', '.join((*INDEX, *SPLITS))}")
+    found = build_conversations(read_turns(data_dir, with_audio=False))
+    conversations = [conversation for conversation in found if conversation.split == split]
+    if not conversations:
+        raise ValueError(f"{data_dir} has no turns in split {split!r}; collect more with collect_data.py")
+    if kind == "moshi":
+        conversations = with_two_speakers(conversations)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another --out or delete what an earlier export left there")
+    out.mkdir(parents=True, exist_ok=True)
+    write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder}[kind]
+    names = file_names(conversations)
+    rows: dict[int, list[dict]] = {}
+    whole = with_audio(data_dir, conversations)
+    for number, conversation in tqdm(whole, total=len(conversations), desc="exporting", unit="conversation"):
+        rows[number] = write(out, names[number], conversation)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for number in sorted(rows) for row in rows[number]]
+    write_atomically(out / INDEX[kind], "".join(lines).encode())
+    return len(rows)
+
+
+def with_two_speakers(conversations: list[Conversation]) -> list[Conversation]:
+    """Those that fit into a stereo file; prints how many do not. ValueError if none does."""
+    kept = [conversation for conversation in conversations if len(set(conversation.speakers)) == 2]
+    if not kept:
+        raise ValueError(f"none of the {len(conversations)} conversations has two speakers; use --to csm or wav")
+    print(f"{len(conversations) - len(kept)} of {len(conversations)} conversations left out: not of two speakers")
+    return kept
+
+
+def with_audio(data_dir: Path, conversations: list[Conversation]) -> Iterator[tuple[int, Conversation]]:
+    """(place in the list, the same conversation with its audio), each as soon as its last turn was read."""
+    places = {(c.source, c.conv_id): number for number, c in enumerate(conversations)}
+    parts: dict[int, list[TurnRecord]] = defaultdict(list)
+    for turn in read_turns(data_dir, with_audio=True):
+        number = places.get((turn.source, turn.conv_key))
+        if number is None:
+            continue
+        parts[number].append(turn)
+        if len(parts[number]) == len(conversations[number].turns):
+            yield number, build_conversations(parts.pop(number))[0]
+
+
+def file_names(conversations: list[Conversation]) -> list[str]:
+    """A name for each that every file system takes, also one that does not tell upper from lower case."""
+    names: list[str] = []
+    taken = set()
+    for conversation in conversations:
+        name = re.sub(r"[^\w.-]+", "_", conversation.conv_id, flags=re.ASCII)[:100].strip("._") or "conversation"
+        while name.lower() in taken:
+            name += "_"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def write_csm(out: Path, name: str, conversation: Conversation) -> list[dict]:
+    """The wav files of a conversation; its line of the index."""
+    (out / "audio").mkdir(exist_ok=True)
+    messages = []
+    for index, (turn, speaker) in enumerate(zip(conversation.turns, conversation.speakers, strict=True)):
+        path = f"audio/{name}-{index:03d}.wav"
+        write_wav(out / path, read_audio(turn.audio)[0])
+        content = [{"type": "text", "text": turn.text}, {"type": "audio", "path": path}]
+        messages.append({"role": str(speaker), "content": content})
+    return [{"conversation": messages}]
+
+
+def write_folder(out: Path, name: str, conversation: Conversation) -> list[dict]:
+    """A folder with the wav and text files of a conversation; its rows of the manifest."""
+    (out / name).mkdir()
+    rows = []
+    for index, (turn, speaker) in enumerate(zip(conversation.turns, conversation.speakers, strict=True)):
+        path = out / name / f"{index:03d}_{speaker}.wav"
+        samples, rate = soundfile.read(io.BytesIO(turn.audio), dtype="int16")  # as floats they would be rounded again
+        content = io.BytesIO()
+        soundfile.write(content, samples, rate, format="WAV", subtype="PCM_16")
+        path.write_bytes(content.getvalue())
+        path.with_suffix(".txt").write_text(turn.text + "\n", encoding="utf-8")
+        rows.append(
+            {
+                "audio": f"{name}/{path.name}",
+                "text": turn.text,
+                "speaker": turn.speaker_id,
+                "conversation": name,
+                "turn_index": index,
+                "start": turn.start_s,
+                "language": turn.lang,
+                "style": turn.style,
+                "licence": turn.license,
+                "trimmed": True,
+            }
+        )
+    return rows
+
+
+def write_moshi(out: Path, name: str, conversation: Conversation) -> list[dict]:
+    """The stereo file of a dialogue and its words; its line of the index.
+
+    Turns begin at their `start_s`, else `GAP_S` after all before them. Where the times of the words are not known, they
+    are not measured but spread over the turn; see `spread_words`.
+    """
+    (out / "stereo").mkdir(exist_ok=True)
+    placed, alignments, end = [], [], 0
+    for turn, speaker in zip(conversation.turns, conversation.speakers, strict=True):
+        samples, _ = read_audio(turn.audio)
+        gap = round(GAP_S * SAMPLE_RATE) if placed else 0
+        first = end + gap if turn.start_s is None else round(turn.start_s * SAMPLE_RATE)
+        placed.append((first, speaker, samples))
+        end = max(end, first + len(samples))
+        words = json.loads(turn.words) if turn.words else spread_words(turn.text, len(samples) / SAMPLE_RATE)
+        label = (MAIN_SPEAKER, "SPEAKER_OTHER")[speaker]
+        origin = first / SAMPLE_RATE
+        alignments += [(word, (round(origin + a, 6), round(origin + b, 6)), label) for word, a, b in words]
+    alignments.sort(key=lambda alignment: alignment[1])  # readers search them by time
+    tracks = np.zeros((end, 2), dtype=np.float32)
+    for first, speaker, samples in placed:
+        tracks[first : first + len(samples), speaker] += samples
+    path = out / "stereo" / f"{name}.wav"
+    write_wav(path, tracks)
+    path.with_suffix(".json").write_text(json.dumps({"alignments": alignments}, ensure_ascii=False), encoding="utf-8")
+    return [{"path": f"stereo/{name}.wav", "duration": end / SAMPLE_RATE}]
+
+
+def spread_words(text: str, seconds: float) -> list[tuple[str, float, float]]:
+    """Words with a share of the turn in proportion to their letters, but for `MARGIN_S` at both ends: a guess."""
+    words = text.split()
+    letters = np.cumsum([0, *map(len, words)])
+    times = (MARGIN_S + (seconds - 2 * MARGIN_S) * letters / letters[-1]).tolist()
+    return list(zip(words, times[:-1], times[1:], strict=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data"), metavar="DIR", help="folder of collect_data.py (default: data)")
+    add("--to", choices=list(INDEX), required=True, help="the format to write")
+    add("--split", choices=SPLITS, default="train", help="conversations to write (default: train)")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    args = parser.parse_args(argv)
+    count = export(args.data, args.out, args.to, args.split)
+    print(f"{count} conversations in {args.out / INDEX[args.to]}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
