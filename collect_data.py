@@ -377,11 +377,11 @@ def conclude(folder: Path, sources: list[Source], hours: float | None, stop: Sto
 
 def print_summary(folder: Path) -> None:
     """One line per source of what is committed."""
-    print(f"{'source':<12}{'hours':>8}{'turns':>8}{'speakers':>10}  {'licence':<22}rejected")
+    print(f"{'source':<12}{'hours':>8}{'turns':>8}{'speakers':>10}  {'licence':<22} rejected")
     for name, facts in summarize(read_ledger(folder)).items():
         rejected = ", ".join(f"{count} {reason}" for reason, count in sorted(facts["rejected"].items())) or "none"
         licences = ",".join(facts["licenses"]) + (" (synthetic)" if facts["synthetic"] else "")
-        print(f"{name:<12}{facts['hours']:>8.3f}{facts['turns']:>8}{facts['speakers']:>10}  {licences:<22}{rejected}")
+        print(f"{name:<12}{facts['hours']:>8.3f}{facts['turns']:>8}{facts['speakers']:>10}  {licences:<22} {rejected}")
 
 
 def verify(folder: Path) -> int:

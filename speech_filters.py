@@ -7,6 +7,7 @@ models lie in their packages. Applied to a unit's turns in its worker, whatever 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -67,7 +68,10 @@ def cut_silence(turn: TurnRecord) -> TurnRecord | Reject:
     stop = min(len(samples), round((spans[-1][1] + MARGIN_S) * sample_rate))
     if stop - first == len(samples):
         return turn
-    lead, facts = first / sample_rate, {name: value for name, value in vars(turn).items() if name not in MEASURED}
+    lead, facts = (
+        first / sample_rate,
+        {name: value for name, value in dataclasses.asdict(turn).items() if name not in MEASURED},
+    )
     if turn.start_s is not None:
         facts |= {"start_s": turn.start_s + lead, "end_s": turn.start_s + stop / sample_rate}
     if turn.words is not None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ CHARS_PER_S = (3.0, 30.0)
 ENTRY_KEY = b"collection_entry"  # a shard carries its own ledger line, so that it can be adopted after a crash
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # hours of speech are thousands of them
 class TurnRecord:
     """One spoken turn. `audio` is the bytes of a mono 16-bit FLAC at `sample_rate`, or None when read without audio."""
 
@@ -343,7 +344,8 @@ def read_turns(data_dir: Path, with_audio: bool, entries: list[LedgerEntry] | No
     for table in _tables(data_dir, read_ledger(data_dir) if entries is None else entries, columns):
         for row in table.to_pylist():
             audio = row.pop("audio", None)
-            yield TurnRecord(**row, audio=audio["bytes"] if audio else None)
+            row = {name: sys.intern(value) if type(value) is str else value for name, value in row.items()}
+            yield TurnRecord(**row, audio=audio["bytes"] if audio else None)  # most strings are those of other turns
 
 
 def ledgers(data_dir: Path) -> list[Path]:
@@ -419,7 +421,7 @@ def _write_shard(folder: Path, entry: LedgerEntry, turns: list[TurnRecord]) -> L
     rows = []
     for turn in turns:
         name = turn.utt_id.replace(":", "/") + ".flac"
-        rows.append({**vars(turn), "audio": {"bytes": turn.audio, "path": name}})
+        rows.append({**dataclasses.asdict(turn), "audio": {"bytes": turn.audio, "path": name}})
     own = {ENTRY_KEY: json.dumps(dataclasses.asdict(entry))}
     table = pyarrow.Table.from_pylist(rows, schema=SCHEMA.with_metadata(own))
     sink = pyarrow.BufferOutputStream()
