@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import turn_shards
@@ -136,6 +137,21 @@ def test_a_ledger_of_a_newer_version_is_refused(tmp_path):
     ledger.write_text(json.dumps({**line, "schema_version": 99, "new": 1}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="schema version 99"):
         read_ledger(tmp_path)
+
+
+def test_shards_of_the_first_version_are_read_without_what_they_lack(tmp_path):
+    commit(tmp_path, 1, 2)
+    entry = read_ledger(tmp_path)[0]
+    path = tmp_path / entry.path
+    table = pyarrow.parquet.read_table(path).drop_columns(["words", "dnsmos_ovrl"])
+    pyarrow.parquet.write_table(table, path)
+    line = dataclasses.asdict(entry) | {"schema_version": 1}
+    (tmp_path / "shards.jsonl").write_text(json.dumps(line) + "\n")
+    for with_audio in (True, False):
+        turns = list(read_turns(tmp_path, with_audio))
+        assert [turn.words for turn in turns] == [None, None] and turns[0].text == turn_of(1).text
+    commit(tmp_path, 3)
+    assert len(ids(tmp_path)) == 3
 
 
 def test_a_damaged_shard_is_put_aside_and_its_units_are_open_again(tmp_path):
