@@ -33,7 +33,7 @@ def read_audio(source: Path | str | bytes, sample_rate: int | None = SAMPLE_RATE
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             declared, rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)  # (N, channels)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, MemoryError) as error:
         raise ValueError(f"{name}: not readable as wav, flac, ogg or mp3 ({error})") from error
     if len(samples) == 0:
         raise ValueError(f"{name}: holds no samples")

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -149,6 +150,7 @@ class Rules:
     max_bytes: float = float("inf")  # of all shards together
     ids: set[str] = field(default_factory=set)  # of all turns
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
+    places: set[tuple[str, int]] = field(default_factory=set)  # conversation and index of turns of earlier runs
 
     def learn(self, turn: TurnRecord) -> None:
         """What is in the collection, or comes in now, is known from then on."""
@@ -168,6 +170,7 @@ class Rules:
             (bool(named), "excluded", f"by {min(named, default='')}"),
             (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
             (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
+            ((turn.conv_key, turn.turn_index) in self.places, "id_conflict", "the conversation has this turn already"),
             (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),
         ]
         return next((Reject(utt_id=turn.utt_id, reason=r, detail=d) for found, r, d in reasons if found), None)
@@ -177,6 +180,9 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
     """Collect from one source until it holds `goal_s` seconds, ends, or a stop signal comes."""
     writer = source.writer
     while writer.seconds < goal_s and not stop.received and source.ended is None:
+        if sum(entry.bytes for entry in writer.collection.entries) >= rules.max_bytes:
+            source.ended = f"stopped: the shards take {rules.max_bytes / 1e9:g} GB, the limit of --max_disk_gb"
+            break
         try:
             step = next(source.results, None)
         except BrokenProcessPool as error:
@@ -184,7 +190,7 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
                 break
             writer.flush()
             raise ValueError("a worker process was killed, often for lack of memory; use fewer --workers") from error
-        except MissingRequirement as error:
+        except (MissingRequirement, ValueError) as error:
             source.ended, source.failure = f"stopped: {error}", error
             break
         if step is None:
@@ -199,8 +205,6 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
             if source.rejected > FIRST_TURNS * MAX_REJECTED:
                 source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
-        if sum(entry.bytes for entry in writer.collection.entries) >= rules.max_bytes:
-            source.ended = f"stopped: the shards take {rules.max_bytes / 1e9:g} GB, the limit of --max_disk_gb"
     writer.flush()
 
 
@@ -221,7 +225,7 @@ def read_excluded(path: Path | None) -> frozenset[str]:
     """One id a line: of a turn, a conversation or a speaker; # begins a comment."""
     if path is None:
         return frozenset()
-    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (re.split(r"(?:^|\s)#", line)[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
     return frozenset(line for line in lines if line)
 
 
@@ -253,14 +257,14 @@ def part_folder(out: Path, index: int, of: int) -> Path:
 
 
 def belongs(unit: Unit, index: int, of: int) -> bool:
-    """Whether this part collects the unit: a function of its id, so parts agree without talking."""
-    return int(hashlib.sha1(unit.id.encode()).hexdigest()[:8], 16) % of == index
+    """Whether this part collects the unit: a function of its name, so parts agree without talking."""
+    return int(hashlib.sha1((unit.conversation or unit.id).encode()).hexdigest()[:8], 16) % of == index
 
 
 def collect(args: argparse.Namespace) -> int:
     """Open the collection, fill it up to the target, say what is there."""
-    index, of = args.shard
-    args.out = part_folder(args.out, index, of)
+    (index, of), whole = args.shard, args.out
+    args.out = part_folder(whole, index, of)
     with only_run_in(args.out):
         collection = Collection(args.out)
         if collection.adopted:
@@ -282,10 +286,11 @@ def collect(args: argparse.Namespace) -> int:
         if args.dry_run:
             return show_plan(args.out, sources, target_s - have_s)
         check_space(args.out, target_s - have_s)
-        max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb
+        max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb / of
         rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
-        for turn in read_turns(args.out, with_audio=False) if collection.entries else ():
+        for turn in read_turns(whole, with_audio=False) if ledgers(whole) else ():  # of all parts
             rules.learn(turn)
+            rules.places.add((turn.conv_key, turn.turn_index))
         with StopSignals() as stop, worker_pool(args.workers) as pool:
             for source in sources:
                 source.results = results_in_order(source.units, pool, args.workers + 1)
@@ -457,6 +462,8 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} must be above 0, got {value}")
+    if args.min_dnsmos is not None and not 1 <= args.min_dnsmos <= 5:
+        parser.error(f"--min_dnsmos must lie in 1..5, got {args.min_dnsmos}")
     if args.status:
         if not ledgers(args.out):
             raise FileNotFoundError(f"no collection in {args.out}")

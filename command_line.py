@@ -151,4 +151,5 @@ def part(text: str) -> tuple[int, int]:
 
 def default_part() -> tuple[int, int]:
     """This process's rank of all that torchrun has started; everything without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return (rank, of) if rank < of else (0, 1)  # torchrun sets both; other programs may set one of them

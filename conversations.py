@@ -88,8 +88,8 @@ class Conversation:
     speakers: tuple[int, ...]  # one per turn
 
 
-def build_conversations(turns: Iterable[TurnRecord]) -> list[Conversation]:
-    """Group by `conv_key`, order by `turn_index`, join some voice sets in pairs.
+def build_conversations(turns: Iterable[TurnRecord], pseudo: bool = True) -> list[Conversation]:
+    """Group by `conv_key`, order by `turn_index`; with `pseudo`, some voice sets are joined in pairs.
 
     ValueError if one conversation would land in two splits.
     """
@@ -106,7 +106,7 @@ def build_conversations(turns: Iterable[TurnRecord]) -> list[Conversation]:
         speakers = tuple(local.setdefault(turn.speaker_id, len(local)) for turn in members)
         structure = "dialogue" if len(local) > 1 else "voice_set" if source in VOICE_SETS else "monologue"
         conversations.append(Conversation(key, splits.pop(), structure, source, tuple(members), speakers))
-    return join_voice_sets(conversations)
+    return join_voice_sets(conversations) if pseudo else conversations
 
 
 def join_voice_sets(conversations: list[Conversation]) -> list[Conversation]:

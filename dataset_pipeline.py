@@ -94,7 +94,7 @@ class ConversationDataset:
     ):
         self.layout, self.row_positions, self.mixture = layout, row_positions, mixture or Mixture()
         self.text_tokenizer, self.cache = text_tokenizer, cache
-        turns = read_turns(data_dir, with_audio=False)
+        turns = read_turns(data_dir, False, cache.entries)  # what has come in since has no tokens yet
         self.conversations = [c for c in build_conversations(turns) if c.split == split]
         self.lengths = [[self._length(c, i) for i in range(len(c.turns))] for c in self.conversations]
         for conversation, lengths in zip(self.conversations, self.lengths, strict=True):
@@ -166,6 +166,8 @@ class ConversationDataset:
 
         All processes of a run take as many steps, whatever the data: each makes its own part of every batch.
         """
+        if not self.conversations:
+            raise ValueError("this split holds no conversations; collect more with collect_data.py")
         epoch, index, rows = 0, step * rows_per_batch, []
         while len(rows) < rows_per_batch:
             size = self._plan_size(seed, epoch)
@@ -312,8 +314,9 @@ def draw_summary(conversations: list[Conversation], path: Path) -> None:
         hours = [turn.duration_s / 3600 for turn in turns]
         for axis, (title, field) in zip(axes.flat, of_turns.items(), strict=False):
             values = [getattr(turn, field) for turn in turns]
-            values = [math.nan if value is None or not math.isfinite(value) else value for value in values]
-            axis.hist(values, bins=40, weights=hours, histtype="step", label=source)
+            finite = [(v, h) for v, h in zip(values, hours, strict=True) if v is not None and math.isfinite(v)]
+            values, weights = zip(*finite, strict=True) if finite else ((), ())
+            axis.hist(values, bins=40, weights=weights, histtype="step", label=source)
             axis.set(xlabel=title, ylabel="hours")
         axes.flat[3].hist([min(20, len(c.turns)) for c in own], bins=range(1, 22), histtype="step", label=source)
     axes.flat[3].set(xlabel="turns of a conversation (20: or more)", ylabel="conversations", yscale="log")

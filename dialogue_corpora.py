@@ -105,9 +105,14 @@ def meeting_units(rows: Iterable[dict], seed: int, done: set[str]) -> Iterator[U
 
 
 def segment_of(row: dict) -> Segment:
-    """Times are published in hundredths of a second, as 32-bit floats."""
+    """Times are published in hundredths of a second, as 32-bit floats. ValueError: the row lacks something."""
+    lacking = [name for name in AMI_COLUMNS if row[name] is None and name not in ("audio", "text")]
+    if lacking:
+        raise ValueError(f"ami: row {row['audio_id']} of meeting {row['meeting_id']} has no {', '.join(lacking)}")
     begin, end = round(row["begin_time"], 2), round(row["end_time"], 2)
-    return Segment(begin, end, row["audio_id"], row["speaker_id"], row["text"], row["audio"]["bytes"] or b"")
+    return Segment(
+        begin, end, row["audio_id"], row["speaker_id"], row["text"], (row["audio"] or {}).get("bytes") or b""
+    )
 
 
 def meeting_windows(meeting: str, segments: list[Segment]) -> list[Recording]:

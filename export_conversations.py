@@ -32,6 +32,7 @@ from turn_shards import TurnRecord, read_turns
 
 INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl"}
 GAP_S = 0.3  # between turns whose times are not known
+LONGEST_SILENCE_S = 60.0  # before a dialogue, kept
 
 
 def export(data_dir: Path, out: Path, kind: str, split: str) -> int:
@@ -41,7 +42,7 @@ def export(data_dir: Path, out: Path, kind: str, split: str) -> int:
     """
     if kind not in INDEX or split not in SPLITS:
         raise ValueError(f"unknown kind {kind!r} or split {split!r}; known are {', '.join((*INDEX, *SPLITS))}")
-    found = build_conversations(read_turns(data_dir, with_audio=False))
+    found = build_conversations(read_turns(data_dir, with_audio=False), pseudo=False)
     conversations = [conversation for conversation in found if conversation.split == split]
     if not conversations:
         raise ValueError(f"{data_dir} has no turns in split {split!r}; collect more with collect_data.py")
@@ -147,10 +148,12 @@ def write_moshi(out: Path, name: str, conversation: Conversation) -> list[dict]:
     """
     (out / "stereo").mkdir(exist_ok=True)
     placed, alignments, end = [], [], 0
+    begin_s = min((turn.start_s for turn in conversation.turns if turn.start_s is not None), default=0.0)
+    origin_s = begin_s if begin_s > LONGEST_SILENCE_S else 0.0  # times of day, or of a whole recording
     for turn, speaker in zip(conversation.turns, conversation.speakers, strict=True):
         samples, _ = read_audio(turn.audio)
         gap = round(GAP_S * SAMPLE_RATE) if placed else 0
-        first = end + gap if turn.start_s is None else round(turn.start_s * SAMPLE_RATE)
+        first = end + gap if turn.start_s is None else round((turn.start_s - origin_s) * SAMPLE_RATE)
         placed.append((first, speaker, samples))
         end = max(end, first + len(samples))
         words = json.loads(turn.words) if turn.words else spread_words(turn.text, len(samples) / SAMPLE_RATE)

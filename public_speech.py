@@ -227,7 +227,7 @@ def fetch_release(release: str | None) -> Path:
 def voice_sets(table: Path) -> list[Recording]:
     """Rows of `validated.tsv`, by speaker in sets of up to `VOICE_SET`. ValueError names missing columns."""
     with open(table, encoding="utf-8", newline="") as file:  # sentences hold bare quotes
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")  # a last line may be cut
         found = reader.fieldnames or []
         missing = [name for name in COMMON_VOICE_COLUMNS if name not in found]
         if missing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import random
@@ -30,6 +31,7 @@ DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
+MIN_RATE = 4_000  # Hz
 MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
 
 
@@ -43,6 +45,7 @@ class Unit(NamedTuple):
 
     id: str
     job: Callable[[], UnitResult]  # runs in a worker process
+    conversation: str = ""  # the same for every version of the unit; its id if there are no versions
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Source:
     seen: int = 0  # turns of this run
     rejected: int = 0
     ended: str | None = None  # why it has nothing more to give
-    failure: MissingRequirement | None = None  # what it needs and lacks
+    failure: MissingRequirement | ValueError | None = None  # what it lacks, or what is wrong with it
 
 
 def sort_results(results: Iterable[TurnRecord | Reject]) -> UnitResult:
@@ -80,11 +83,12 @@ def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[
     units = []
     for name, turns in conversations.items():
         turns.sort(key=lambda turn: turn.turn_index)
-        # what the unit holds is part of its id: a mended transcript or file is collected on the next run
+        # what the unit holds is part of its id: turns that were refused are tried again once they are mended; those
+        # that were accepted stay as they are
         facts = [(t.name, t.text, size_of(t.audio)) for t in turns]
         unit_id = f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
         if unit_id not in done:
-            units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns)))
+            units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns), name))
     return sorted(units, key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
 
 
@@ -105,6 +109,8 @@ def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> Uni
 def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord | Reject:
     try:
         samples, rate = load(turn)
+        if rate < MIN_RATE:
+            raise ValueError(f"{turn.name}: {rate} samples per second, at least {MIN_RATE} are needed for speech")
     except FileNotFoundError as error:
         return Reject(utt_id=utt_id, reason="missing_file", detail=str(error))
     except ValueError as error:
@@ -288,10 +294,13 @@ def read_manifest(path: Path) -> list[Recording]:
     rows: list[tuple[int, dict]] = []
     problems = []
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(content.splitlines(keepends=True))
-        rows = [(reader.line_num, row) for row in reader]
+        reader = csv.DictReader(io.StringIO(content, newline=""))
+        try:
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path} line {reader.line_num}: {error}") from error
     else:
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split("\n"), start=1):
             try:
                 row = json.loads(line) if line.strip() else None
             except ValueError as error:
@@ -305,7 +314,7 @@ def read_manifest(path: Path) -> list[Recording]:
     for number, row in rows:
         try:
             turns += manifest_turns(path, row, number)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"line {number}: {error}")
     if problems or not turns:
         shown = "; ".join(problems[:3] or ["holds no turns"])
@@ -333,13 +342,18 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
     name, trimmed = str(row["audio"]), str(row.get("trimmed", False)).lower()
     if trimmed not in ("true", "false"):
         raise ValueError(f"trimmed is {row['trimmed']!r}, expected true or false")
+    index, start = int(row.get("turn_index", number)), float(row["start"]) if "start" in row else None
+    if not 0 <= index < 2**31:
+        raise ValueError(f"turn_index is {index}, expected a number from 0")
+    if start is not None and not 0 <= start < math.inf:
+        raise ValueError(f"start is {start}, expected seconds from the start of the conversation")
     return Recording(
         audio=folder / name,
         text=str(row["text"] or ""),
         speaker=str(row.get("speaker", "unknown")),
         conversation=str(row.get("conversation", name)),
-        turn_index=int(row.get("turn_index", number)),
-        start=float(row["start"]) if "start" in row else None,
+        turn_index=index,
+        start=start,
         language=str(row.get("language", "en")),
         style=str(row["style"]) if "style" in row else None,
         licence=str(row.get("licence", row.get("license", "NOASSERTION"))),

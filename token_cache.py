@@ -24,7 +24,7 @@ from audio import SAMPLE_RATE, read_audio
 from audio_tokenizer import AudioTokenizer
 from conversations import PEAK_DBFS, TARGET_LUFS, loudness_gains
 from prosody import prosody_features
-from turn_shards import LedgerEntry, cut_torn_line, read_ledger, read_turns
+from turn_shards import LedgerEntry, cut_torn_line, ledgers, read_ledger, read_turns
 
 TOKEN_SCHEMA = 3
 CODE = np.dtype("<u2")
@@ -34,12 +34,12 @@ class TokenCache:
     """What there is for the turns of a data folder; made on first use. ValueError: the cache on disk is damaged."""
 
     def __init__(self, data_dir: Path, tokenizer: AudioTokenizer, device: torch.device | str = "cpu"):
+        self.entries = whole_shards(data_dir)
         folder = cache_folder(data_dir, tokenizer)
-        tokenise(data_dir, tokenizer, device)
-        entries = [entry for entry in read_ledger(data_dir) if entry.path is not None]
-        content = " ".join([folder.name, *(entry.sha256 for entry in entries)])
+        tokenise(data_dir, tokenizer, device, entries=self.entries)
+        content = " ".join([folder.name, *(entry.sha256 for entry in self.entries)])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]  # of recipe and data
-        wanted = {entry.sha256 for entry in entries}
+        wanted = {entry.sha256 for entry in self.entries}
         self.codes: dict[str, np.ndarray] = {}  # utt_id -> (T, K) uint16, a view of the mapped file
         self.prosody: dict[str, np.ndarray] = {}  # utt_id -> (F,) float32, see `prosody_features`
         for index in sorted(folder.glob("index-*.jsonl")):
@@ -55,7 +55,7 @@ class TokenCache:
         needed = max(line["first"] + sum(line["lengths"]) for line in lines) * K * CODE.itemsize
         if size < needed:
             raise ValueError(f"{path} is damaged: {size} bytes, {needed} expected; delete it and {index.name}")
-        codes = np.memmap(path, CODE, "r").reshape(-1, K)
+        codes = np.memmap(path, CODE, "r", shape=(needed // (K * CODE.itemsize), K))  # a torn end is not looked at
         for line in lines:
             ends = line["first"] + np.cumsum(line["lengths"])
             for utt_id, end, length, prosody in zip(line["ids"], ends, line["lengths"], line["prosody"], strict=True):
@@ -77,27 +77,44 @@ def codes_beside(index: Path) -> Path:
 
 def read_index(index: Path) -> list[dict]:
     """All whole lines. ValueError: one is damaged."""
-    content = index.read_bytes()
-    try:
-        return [json.loads(line) for line in content.split(b"\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{index} is damaged ({error}); delete it, it will be made again") from error
+    lines = []
+    for content in index.read_bytes().split(b"\n")[:-1]:
+        try:
+            line = json.loads(content)
+            if len({len(line[name]) for name in ("ids", "lengths", "prosody")}) > 1 or line["codebooks"] < 1:
+                raise ValueError("a line that does not fit itself")
+            lines.append({**line, "first": int(line["first"]), "shard": str(line["shard"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); delete it, it will be made again") from error
+    return lines
+
+
+def whole_shards(data_dir: Path) -> list[LedgerEntry]:
+    """The shards that hold audio. FileNotFoundError: no collection there."""
+    if not ledgers(data_dir):
+        raise FileNotFoundError(f"no collected data in {data_dir}; collect some with: python collect_data.py")
+    return [entry for entry in read_ledger(data_dir) if entry.path is not None]
 
 
 def tokenise(
-    data_dir: Path, tokenizer: AudioTokenizer, device: torch.device | str = "cpu", part: int = 0, of: int = 1
+    data_dir: Path,
+    tokenizer: AudioTokenizer,
+    device: torch.device | str = "cpu",
+    part: int = 0,
+    of: int = 1,
+    entries: list[LedgerEntry] | None = None,
 ) -> int:
-    """Make what is missing of the shards that fall to this part; the number of shards made.
+    """Make what is missing of the shards (or of some `entries`) that fall to this part; the number of shards made.
 
     A second process that wants the same part waits, and finds the work done.
     """
+    entries = whole_shards(data_dir) if entries is None else entries
     folder = cache_folder(data_dir, tokenizer)
     index = folder / f"index-{part:03d}.jsonl"
     with filelock.FileLock(index.with_suffix(".lock")):
         cut_torn_line(index)
         lines = {path: read_index(path) for path in folder.glob("index-*.jsonl")}
         there = {line["shard"] for listed in lines.values() for line in listed}
-        entries = [entry for entry in read_ledger(data_dir) if entry.path is not None]
         own = [entry for entry in entries if int(entry.sha256[:8], 16) % of == part]
         missing = [entry for entry in own if entry.sha256 not in there]
         gains = loudness_gains(read_turns(data_dir, with_audio=False)) if missing else {}

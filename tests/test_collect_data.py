@@ -265,7 +265,8 @@ def test_a_folder_that_is_missing_empty_or_without_transcripts_is_one_line_and_e
 
 
 def test_wrong_flags_end_with_exit_2(tmp_path):
-    for flags in (["--sources", "local"], ["--target_hours", "-1"], ["--target_hours", "nan"], ["--sources", "moon"]):
+    wrong = (["--sources", "local"], ["--target_hours", "-1"], ["--target_hours", "nan"], ["--sources", "moon"])
+    for flags in (*wrong, ["--min_dnsmos", "nan"], ["--min_dnsmos", "7"], ["--shard", "2/2"], ["--shard", "x"]):
         with pytest.raises(SystemExit) as caught:
             main([*flags, "--out", str(tmp_path)])
         assert caught.value.code == EXIT_INPUT
@@ -414,7 +415,7 @@ def test_parts_collect_everything_once_and_are_read_as_one_collection(tmp_path, 
 
 @pytest.mark.parametrize("flags", [["--shard", "0/2"], []], ids=["another number", "none"])
 def test_another_number_of_parts_is_refused(tmp_path, capsys, flags):
-    source = recordings(tmp_path / "in", 4)
+    source = recordings(tmp_path / "in", 12)
     assert collect(tmp_path / "out", source, "--shard", "1/3") == EXIT_DONE
     assert collect(tmp_path / "out", source, *flags) == EXIT_INPUT
     assert "was collected as part-001-of-003" in capsys.readouterr().err
@@ -556,3 +557,88 @@ def test_two_workers_give_the_same_turns_as_one(tmp_path):
         assert run(main, flags) == EXIT_DONE
         collected.append([(turn.utt_id, turn.pcm_sha256) for turn in read_turns(out, with_audio=False)])
     assert collected[0] == collected[1]
+
+
+def test_parts_do_not_collect_a_mended_conversation_twice(tmp_path):
+    source, out = recordings(tmp_path / "in", 8), tmp_path / "out"
+    for _ in range(2):
+        for index in range(2):
+            collect(out, source, "--shard", f"{index}/2")
+        for path in source.glob("*.txt"):
+            path.write_text("Other words than before.")
+    turns = list(read_turns(out, with_audio=False))
+    assert len(turns) == len({turn.pcm_sha256 for turn in turns}) == 8
+
+
+def test_a_turn_that_is_in_a_conversation_is_not_taken_a_second_time_with_other_samples(tmp_path):
+    source, out = recordings(tmp_path / "in", 2), tmp_path / "out"
+    assert collect(out, source) == EXIT_DONE
+    write_wav(source / "clip000.wav", voice_like(77, 1.4), RATE)
+    assert collect(out, source) == EXIT_PARTIAL
+    assert reject_reasons(out) == ["id_conflict"] and len(ids(out)) == 2
+
+
+def test_a_header_that_promises_terabytes_and_a_rate_that_is_no_speech_are_rejects(tmp_path):
+    folder = recordings(tmp_path / "in", 8)
+    soundfile.write(folder / "slow.wav", voice_like(50), 50)
+    soundfile.write(folder / "huge.flac", voice_like(51), RATE)
+    content = bytearray((folder / "huge.flac").read_bytes())
+    content[21] |= 0x0F  # the sample count of STREAMINFO: 36 bits
+    content[22:26] = b"\xff" * 4
+    (folder / "huge.flac").write_bytes(content)
+    for name in ("slow", "huge"):
+        (folder / f"{name}.txt").write_text(TEXT)
+    assert collect(tmp_path / "out", folder) == EXIT_PARTIAL
+    assert reject_reasons(tmp_path / "out") == ["unreadable_audio"] * 2 and len(ids(tmp_path / "out")) == 8
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_line_separator_within_a_text_is_no_end_of_a_line(tmp_path, kind):
+    recordings(tmp_path / "in", 1)
+    text = "We are going\u2028home now."
+    row = {"audio": "clip000.wav", "text": text}
+    lines = {"jsonl": json.dumps(row, ensure_ascii=False), "csv": f"audio,text\nclip000.wav,{text}"}
+    path = tmp_path / "in" / f"manifest.{kind}"
+    path.write_text(lines[kind] + "\n", encoding="utf-8")
+    assert collect(tmp_path / "out", path) == EXIT_DONE
+    assert [turn.text for turn in read_turns(tmp_path / "out", False)] == [TEXT]
+
+
+@pytest.mark.parametrize("change", ['"turn_index": 1e999', '"turn_index": 1e20', '"start": Infinity', '"start": -1'])
+def test_numbers_of_a_manifest_that_cannot_be_are_one_line(tmp_path, capsys, change):
+    recordings(tmp_path / "in", 1)
+    path = tmp_path / "in" / "manifest.jsonl"
+    path.write_text(f'{{"audio": "clip000.wav", "text": "{TEXT}", {change}}}\n')
+    assert collect(tmp_path / "out", path) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "manifest.jsonl: line 1" in error and error.count("\n") == 1
+
+
+def test_an_open_quote_in_a_csv_is_one_line(tmp_path, capsys):
+    recordings(tmp_path / "in", 1)
+    path = tmp_path / "in" / "manifest.csv"
+    path.write_text('audio,text\nclip000.wav,"' + "x" * 140_000)
+    assert collect(tmp_path / "out", path) == EXIT_INPUT
+    assert "manifest.csv line" in capsys.readouterr().err
+
+
+def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hold_a_hash(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_text("\ufefflocal:a\nlocal:b#2 # why\n# nothing\n\n", encoding="utf-8")
+    assert collect_data.read_excluded(path) == {"local:a", "local:b#2"}
+
+
+def test_a_full_collection_takes_nothing_more_at_the_next_run(tmp_path, capsys):
+    source, out = recordings(tmp_path / "in", 20), tmp_path / "out"
+    flags = ["--max_disk_gb", "0.0001", "--shard_minutes", "0.01"]
+    assert collect(out, source, *flags) == EXIT_PARTIAL
+    before = ids(out)
+    assert 0 < len(before) < 20
+    assert collect(out, source, *flags) == EXIT_PARTIAL
+    assert ids(out) == before
+
+
+def test_a_rank_without_a_world_is_no_part(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert default_part() == (0, 1)

@@ -9,14 +9,14 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from conftest import voice, write_tiny_data
+from conftest import turn_record, voice, write_tiny_data
 
 import collect_data
 import export_conversations
 from audio import read_audio
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, EXIT_STORAGE, run
 from conversation_formats import Word, recordings_of_csm, recordings_of_moshi, turns_of
-from conversations import build_conversations
+from conversations import build_conversations, split_of
 from export_conversations import INDEX, file_names, spread_words
 from speech_sources import COLUMNS, manifest_turns
 from synthetic_voices import trim_silence
@@ -458,3 +458,24 @@ def test_file_names_differ_on_every_file_system(tmp_path):
     names = file_names([dataclasses.replace(talks[0], conv_id=conv_id) for conv_id in ids])
     assert len({name.lower() for name in names}) == len(ids)
     assert all(name.isascii() and len(name) < 110 and not {*name} & {*"/\\:"} for name in names)
+
+
+def test_voice_sets_are_exported_whole_and_not_as_pseudo_dialogues(tmp_path):
+    turns = [
+        turn_record(f"set{s}", i, f"s{s}", f"sentence {i}", voice(0.5, 100 + s), source="common_voice")
+        for s in range(60)
+        for i in range(2)
+    ]
+    Collection(tmp_path).commit("common_voice", "1", ["all"], turns, [])
+    assert any(c.structure == "pseudo" for c in build_conversations(turns))
+    wanted = sum(split_of(f"set{s}") == "train" for s in range(60))
+    assert export_conversations.export(tmp_path, tmp_path / "out", "wav", "train") == wanted
+    assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 2 * wanted
+
+
+def test_a_dialogue_that_begins_late_is_not_exported_with_its_hours_of_silence(tmp_path):
+    times = [{"start_s": 1.7e9 + 2 * i, "end_s": 1.7e9 + 2 * i + 1} for i in range(2)]
+    turns = [turn_record("late", i, "ab"[i], "some words", voice(1.0, 100), **times[i]) for i in range(2)]
+    Collection(tmp_path).commit("test", "1", ["late"], turns, [])
+    assert export_conversations.export(tmp_path, tmp_path / "out", "moshi", split_of("late")) == 1
+    assert json.loads((tmp_path / "out" / "data.jsonl").read_text())["duration"] == pytest.approx(3.0, abs=0.01)

@@ -326,3 +326,29 @@ def test_a_missing_or_damaged_collection_is_one_line(tmp_path, capsys):
     shutil.rmtree(data / "turns")
     assert run(dataset_pipeline.main, ["--data", str(data)]) == EXIT_INPUT
     assert "is listed but gone" in capsys.readouterr().err
+
+
+def test_a_split_without_conversations_is_refused_and_not_searched_for_ever(tmp_path, tokenizer):
+    name = next(f"t{i}" for i in range(100) if split_of(f"t{i}") == "test")
+    (tmp_path / "data").mkdir()
+    turns = [turn_record(name, 0, "a", "some words", voice(0.56, 100))]
+    Collection(tmp_path / "data").commit("test", "1", [name], turns, [])
+    with pytest.raises(ValueError, match="this split holds no conversations; collect more"):
+        make_dataset(tmp_path / "data", tokenizer).batch(0, 1, seed=0)
+
+
+def test_what_is_collected_after_the_tokens_were_made_is_left_for_the_next_run(tmp_path, tokenizer):
+    data = write_tiny_data(tmp_path / "data")
+    cache = TokenCache(data, tokenizer)
+    new = [turn_record("late", 0, "a", "some words", voice(0.56, 100))]
+    Collection(data).commit("test", "1", ["late"], new, [])
+    dataset = ConversationDataset(data, split_of("late"), cache, ByteTokenizer(), LAYOUT, ROW)
+    assert "late" not in {c.conv_id for c in dataset.conversations} and len(dataset)
+
+
+def test_turns_without_a_finite_loudness_can_be_summarised(tmp_path, capsys):
+    silent = [turn_record("t", i, "a", "some words", voice(0.56, 100), lufs=[None, float("-inf")][i]) for i in range(2)]
+    (tmp_path / "data").mkdir()
+    Collection(tmp_path / "data").commit("test", "1", ["t"], silent, [])
+    assert run(dataset_pipeline.main, ["--data", str(tmp_path / "data")]) == EXIT_DONE
+    assert (tmp_path / "data" / "summary.png").stat().st_size > 1000

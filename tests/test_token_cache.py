@@ -87,3 +87,32 @@ def test_a_damaged_token_file_is_named(tmp_path, tokenizer, file):
     path.write_bytes(content[:30] if path.suffix == ".bin" else b"{torn" + content)
     with pytest.raises(ValueError, match=rf"{file} is damaged .*delete|{file} is damaged: 30 bytes"):
         TokenCache(data, tokenizer)
+
+
+@pytest.mark.parametrize("extra", [1, 2, 6])
+def test_a_torn_end_of_another_parts_codes_is_not_looked_at(tmp_path, tokenizer, extra):
+    data = write_tiny_data(tmp_path / "data", n_conversations=12)
+    wanted = TokenCache(write_tiny_data(tmp_path / "other", n_conversations=12), tokenizer)
+    for part in range(2):
+        tokenise(data, tokenizer, part=part, of=2)
+    for codes in cache_folder(data, tokenizer).glob("codes-*.bin"):
+        codes.write_bytes(codes.read_bytes() + b"x" * extra)
+    assert_same(TokenCache(data, tokenizer), wanted)
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "{}", '{"shard": "a", "codebooks": 4, "first": 0, "ids": ["x"], "lengths": []}']
+)
+def test_a_line_of_the_index_that_lacks_something_is_named(tmp_path, tokenizer, line):
+    data = write_tiny_data(tmp_path / "data", n_conversations=2)
+    TokenCache(data, tokenizer)
+    with open(cache_folder(data, tokenizer) / "index-000.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"index-000\.jsonl is damaged .*delete it"):
+        TokenCache(data, tokenizer)
+
+
+def test_no_collection_leaves_no_trace(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match="no collected data in"):
+        tokenise(tmp_path / "typo", tokenizer)
+    assert not (tmp_path / "typo").exists()
