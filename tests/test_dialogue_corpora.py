@@ -198,6 +198,16 @@ def test_rows_without_audio_or_text_are_rejected_alone(tmp_path):
     assert len(turns) == 1 and sorted(r.reason for r in rejects) == ["missing_text", "unreadable_audio"]
 
 
+@pytest.mark.parametrize("column", ["begin_time", "end_time", "speaker_id", "audio_id"])
+def test_a_row_that_lacks_a_fact_ends_its_source_in_one_line_and_keeps_what_was_collected(tmp_path, capsys, column):
+    rows = [ami_row("ES2002a", "MEE006", 1.0, 2.5), {**ami_row("ES2003a", "MEE009", 3.0, 4.5), column: None}]
+    write_ami(tmp_path / "in" / "a.parquet", rows)
+    flags = ["--sources", "ami", "--local", f"ami={tmp_path / 'in'}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert run(main, flags) == EXIT_PARTIAL
+    assert f"has no {column}" in capsys.readouterr().out
+    assert len(list(read_turns(tmp_path / "out", with_audio=False))) == 1
+
+
 def test_folders_that_are_not_ami_are_told_in_one_line(ami, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         ami_source(tmp_path / "nowhere", 0, set())
