@@ -7,6 +7,7 @@ to `units_of`: reading, trimming, checks and ids are the same for all. See `debi
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -32,6 +33,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
 MIN_RATE = 4_000  # Hz
+FEW_GROUPS = 20  # with a tenth of them held out
 MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
 
 
@@ -252,8 +254,32 @@ def local_source(given: Path, seed: int, done: set[str]) -> Source:
     rows = read_manifest(manifests[0]) if manifests else read_folder(given)
     if not any(row.audio.is_file() for row in rows):
         raise ValueError(f"none of the {len(rows)} audio files named in {manifests[0]} exist, e.g. {rows[0].audio}")
-    units = units_of("local", rows, seed, done)
+    units = units_of("local", grouped_by_voice(rows), seed, done)
     return Source("local", "1", iter(units), endless=False)
+
+
+def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
+    """Recordings whose `group` holds all that their speakers, and those they speak with, have said.
+
+    So no voice is in two splits. With fewer than `FEW_GROUPS` such groups a split could be empty, and conversations are
+    parted instead. Speakers without a name are taken for different people.
+    """
+    parents: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        while parents.setdefault(node, node) != node:
+            parents[node] = node = parents[parents[node]]
+        return node
+
+    for recording in recordings:
+        conversation = root(f"conversation {recording.conversation}")
+        if recording.speaker != "unknown":
+            one, other = sorted((conversation, root(f"voice {recording.speaker}")))
+            parents[one] = other  # the last name in the alphabet, a voice if there is one, names the group
+    groups = [root(f"conversation {recording.conversation}") for recording in recordings]
+    if len(set(groups)) < FEW_GROUPS:
+        return recordings
+    return [dataclasses.replace(recording, group=group) for recording, group in zip(recordings, groups, strict=True)]
 
 
 def read_folder(folder: Path) -> list[Recording]:

@@ -31,6 +31,9 @@ from command_line import (
     only_run_in,
     run,
 )
+from conversation_formats import Recording
+from conversations import split_of
+from speech_sources import grouped_by_voice
 from turn_shards import Collection, ShardWriter, make_turn, read_ledger, read_turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -642,3 +645,37 @@ def test_a_rank_without_a_world_is_no_part(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert default_part() == (0, 1)
+
+
+def split_speakers(out) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for turn in read_turns(out, with_audio=False):
+        found.setdefault(split_of(turn.split_group), set()).add(turn.speaker_id)
+    return found
+
+
+def test_no_voice_of_your_recordings_is_in_two_splits_where_there_are_many(tmp_path):
+    """60 voices; every conversation is between two of a pair, or of one alone."""
+    lines = []
+    for number in range(90):
+        pair = number % 30
+        for turn, voice in enumerate((f"v{2 * pair}", f"v{2 * pair + 1}")[: 1 + number % 2]):
+            write_wav(tmp_path / f"{number}-{turn}.wav", voice_like(1000 + 2 * number + turn), RATE)
+            row = {"audio": f"{number}-{turn}.wav", "text": TEXT, "speaker": voice, "conversation": f"c{number}"}
+            lines.append(json.dumps(row | {"turn_index": turn}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    assert collect(tmp_path / "out", tmp_path / "manifest.jsonl") == EXIT_DONE
+    found = split_speakers(tmp_path / "out")
+    assert found.keys() == {"train", "val", "test"}
+    assert sum(map(len, found.values())) == len(set().union(*found.values())) == 45
+    hashes = {}
+    for turn in read_turns(tmp_path / "out", with_audio=False):
+        hashes.setdefault(turn.pcm_sha256, set()).add(split_of(turn.split_group))
+    assert {len(splits) for splits in hashes.values()} == {1}
+
+
+def test_conversations_are_parted_where_voices_are_few(tmp_path):
+    rows = [Recording(audio=b"", text="", speaker=f"v{i % 3}", conversation=f"c{i}") for i in range(60)]
+    assert grouped_by_voice(rows) == rows
+    unknown = [Recording(audio=b"", text="", conversation=f"c{i}") for i in range(60)]
+    assert len({row.group for row in grouped_by_voice(unknown)}) == 60
