@@ -57,8 +57,8 @@ from turn_shards import (
     ShardWriter,
     TurnRecord,
     ledgers,
+    read_columns,
     read_ledger,
-    read_turns,
     summarize,
 )
 
@@ -152,12 +152,12 @@ class Rules:
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
     places: set[tuple[str, int]] = field(default_factory=set)  # conversation and index of turns of earlier runs
 
-    def learn(self, turn: TurnRecord) -> None:
+    def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
-        self.known[turn.pcm_sha256] = turn.utt_id
-        self.ids.add(turn.utt_id)
-        if turn.source in VOICE_SETS:
-            self.said.add((turn.speaker_id, turn.text.casefold()))
+        self.known[pcm_sha256] = utt_id
+        self.ids.add(utt_id)
+        if source in VOICE_SETS:
+            self.said.add((speaker_id, text.casefold()))
 
     def has_said(self, turn: TurnRecord) -> bool:
         """Only asked of single sentences: in a conversation people repeat themselves."""
@@ -216,7 +216,7 @@ def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
         if reject is not None:
             rejects.append(reject)
             continue
-        rules.learn(turn)
+        rules.learn(turn.pcm_sha256, turn.utt_id, turn.source, turn.speaker_id, turn.text)
         turns.append(turn)
     return UnitResult(turns, rejects)
 
@@ -288,9 +288,10 @@ def collect(args: argparse.Namespace) -> int:
         check_space(args.out, target_s - have_s)
         max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb / of
         rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
-        for turn in read_turns(whole, with_audio=False) if ledgers(whole) else ():  # of all parts
-            rules.learn(turn)
-            rules.places.add((turn.conv_key, turn.turn_index))
+        columns = ["pcm_sha256", "utt_id", "source", "speaker_id", "text", "conv_key", "turn_index"]
+        for *facts, conversation, place in read_columns(whole, columns) if ledgers(whole) else ():  # of all parts
+            rules.learn(*facts)
+            rules.places.add((conversation, place))
         with StopSignals() as stop, worker_pool(args.workers) as pool:
             for source in sources:
                 source.results = results_in_order(source.units, pool, args.workers + 1)

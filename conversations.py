@@ -29,9 +29,14 @@ TARGET_LUFS = -23.0  # EBU R 128
 PEAK_DBFS = -1.0
 
 
+def share_of(name: str) -> float:
+    """A number in [0, 1) that is the same for a name for ever, and evenly spread over names."""
+    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 16**8
+
+
 def split_of(split_group: str, seed: int = 0) -> str:
     """'train', 'val' or 'test' (80 / 10 / 10 %) by a hash, so that later collections never move a group."""
-    share = int(hashlib.sha1(f"{seed}:{split_group}".encode()).hexdigest()[:8], 16) / 16**8
+    share = share_of(f"{seed}:{split_group}")
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
@@ -116,9 +121,8 @@ def join_voice_sets(conversations: list[Conversation]) -> list[Conversation]:
     so the structure is marked, and held-out splits have none of it.
     """
     joined, kept, lonely = [], [], {}
-    order = {c.conv_id: hashlib.sha1(c.conv_id.encode()).hexdigest() for c in conversations}
-    for one in sorted(conversations, key=lambda c: order[c.conv_id]):
-        drawn = int(order[one.conv_id][:8], 16) / 16**8 < PSEUDO
+    for one in sorted(conversations, key=lambda c: share_of(c.conv_id)):
+        drawn = share_of(one.conv_id) < PSEUDO
         if not (drawn and one.structure == "voice_set" and one.split == "train"):
             kept.append(one)
             continue

@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from command_line import MissingRequirement
+from conversation_formats import OVERLAP_S
 from public_speech import WINDOW_SECONDS, stream_rows
 from speech_sources import Recording, Source, Unit, units_of
 from turn_shards import MIN_S
@@ -32,7 +33,6 @@ AMI_FACTS = (
 )
 # Series of meetings with people of another one; those of IB, and those of IN, are connected among themselves
 AMI_SHARED = {"EN2009": "EN2005", "IS1008": "IB", **dict.fromkeys((f"IS100{i}" for i in range(7)), "IN")}
-OVERLAP_S = 0.1  # two people speak at once for longer than this: their turns overlap
 SEXES = {"M": "male", "F": "female"}
 DAILYTALK_FACTS = (
     ("license_url", "https://creativecommons.org/licenses/by-sa/4.0/"),

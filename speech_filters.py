@@ -68,10 +68,8 @@ def cut_silence(turn: TurnRecord) -> TurnRecord | Reject:
     stop = min(len(samples), round((spans[-1][1] + MARGIN_S) * sample_rate))
     if stop - first == len(samples):
         return turn
-    lead, facts = (
-        first / sample_rate,
-        {name: value for name, value in dataclasses.asdict(turn).items() if name not in MEASURED},
-    )
+    lead = first / sample_rate
+    facts = {name: value for name, value in dataclasses.asdict(turn).items() if name not in MEASURED}
     if turn.start_s is not None:
         facts |= {"start_s": turn.start_s + lead, "end_s": turn.start_s + stop / sample_rate}
     if turn.words is not None:

@@ -24,7 +24,7 @@ from audio import SAMPLE_RATE, read_audio
 from audio_tokenizer import AudioTokenizer
 from conversations import PEAK_DBFS, TARGET_LUFS, loudness_gains
 from prosody import prosody_features
-from turn_shards import LedgerEntry, cut_torn_line, ledgers, read_ledger, read_turns
+from turn_shards import LedgerEntry, cut_torn_line, read_turns, whole_shards
 
 TOKEN_SCHEMA = 3
 CODE = np.dtype("<u2")
@@ -89,13 +89,6 @@ def read_index(index: Path) -> list[dict]:
     return lines
 
 
-def whole_shards(data_dir: Path) -> list[LedgerEntry]:
-    """The shards that hold audio. FileNotFoundError: no collection there."""
-    if not ledgers(data_dir):
-        raise FileNotFoundError(f"no collected data in {data_dir}; collect some with: python collect_data.py")
-    return [entry for entry in read_ledger(data_dir) if entry.path is not None]
-
-
 def tokenise(
     data_dir: Path,
     tokenizer: AudioTokenizer,
@@ -117,7 +110,7 @@ def tokenise(
         there = {line["shard"] for listed in lines.values() for line in listed}
         own = [entry for entry in entries if int(entry.sha256[:8], 16) % of == part]
         missing = [entry for entry in own if entry.sha256 not in there]
-        gains = loudness_gains(read_turns(data_dir, with_audio=False)) if missing else {}
+        gains = loudness_gains(read_turns(data_dir, False, entries)) if missing else {}
         first = max((line["first"] + sum(line["lengths"]) for line in lines.get(index, ())), default=0)
         for entry in tqdm(missing, desc="tokenising", unit="shard", dynamic_ncols=True, disable=not missing):
             first += append_shard(index, first, data_dir, entry, tokenizer, gains, device)

@@ -338,14 +338,25 @@ def read_turns(data_dir: Path, with_audio: bool, entries: list[LedgerEntry] | No
 
     FileNotFoundError: no collection there, or a shard is gone. ValueError: a shard or the ledger is damaged.
     """
-    if not ledgers(data_dir):
-        raise FileNotFoundError(f"no collected data in {data_dir}; collect some with: python collect_data.py")
     columns = SCHEMA.names if with_audio else METADATA_COLUMNS
-    for table in _tables(data_dir, read_ledger(data_dir) if entries is None else entries, columns):
+    for table in _tables(data_dir, whole_shards(data_dir) if entries is None else entries, columns):
         for row in table.to_pylist():
             audio = row.pop("audio", None)
             row = {name: sys.intern(value) if type(value) is str else value for name, value in row.items()}
             yield TurnRecord(**row, audio=audio["bytes"] if audio else None)  # most strings are those of other turns
+
+
+def read_columns(data_dir: Path, columns: list[str]) -> Iterator[tuple]:
+    """Some metadata of all turns, many times faster than whole records; errors as `read_turns`."""
+    for table in _tables(data_dir, whole_shards(data_dir), columns):
+        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
+
+
+def whole_shards(data_dir: Path) -> list[LedgerEntry]:
+    """The shards that hold audio. FileNotFoundError: no collection there."""
+    if not ledgers(data_dir):
+        raise FileNotFoundError(f"no collected data in {data_dir}; collect some with: python collect_data.py")
+    return [entry for entry in read_ledger(data_dir) if entry.path is not None]
 
 
 def ledgers(data_dir: Path) -> list[Path]:
