@@ -31,6 +31,7 @@ from semantic_teacher import TEACHERS
 
 HEADS_FACTOR = 4  # of the heads' learning rate: what reads the codes should not lag behind them
 FIT_VECTORS = 8  # per code, for k-means
+BY_DEPTH = ("known_depth", "depth_gain")  # tables by acoustic depth: matrices in shape only
 CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
 
 
@@ -248,8 +249,8 @@ def make_optimizers(
     """
     groups = {(side, muon): [] for side in (True, False) for muon in (True, False)}
     for name, p in model.named_parameters():
-        muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight", "known_depth"))
-        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.", "known_depth")), muon].append(p)
+        muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight", *BY_DEPTH))
+        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.", *BY_DEPTH)), muon].append(p)
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     others, matrices = (
         [{"params": groups[side, muon], "decoder": side, "factor": 1} for side in (True, False)]

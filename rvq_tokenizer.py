@@ -300,8 +300,10 @@ class RVQTokenizer(AudioTokenizer):
         self.acoustic = ResidualQuantizer(config.n_acoustic_codebooks, **books)
         self.semantic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
         self.acoustic_out = nn.Linear(config.codebook_dim, config.d_branch, bias=False)
-        # what the decoder is told of how many acoustic codebooks it gets: without it, one sounds worse than none
+        # the decoder is told how many acoustic codebooks it gets, and trusts few of them less: without either, one
+        # sounds worse than none
         self.known_depth = nn.Parameter(torch.zeros(config.n_acoustic_codebooks + 1, config.d_branch))
+        self.depth_gain = nn.Parameter(torch.ones(config.n_acoustic_codebooks + 1, config.d_branch))
         self.decoder = Decoder(config)
         self.exact: ExactEncoder | None = None  # made at the first use
 
@@ -317,10 +319,16 @@ class RVQTokenizer(AudioTokenizer):
         content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave)), warps)
         return content, acoustic
 
+    def mix(self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor | int) -> Tensor:
+        """Latents after quantisation, each (B, T, codebook_dim), and how many acoustic codebooks each sample has (B,),
+        or all of them, -> the decoder's input (B, T, d_branch)."""
+        heard = self.acoustic_out(acoustic) * self.depth_gain[acoustic_depth, None]
+        return self.semantic_out(content) + heard + self.known_depth[acoustic_depth, None]
+
     def synthesize(self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor) -> Tensor:
         """Latents after quantisation, each (B, T, codebook_dim), and how many acoustic codebooks each sample has (B,)
         -> (B, T * FRAME_SAMPLES), aligned with the input."""
-        mixed = self.semantic_out(content) + self.acoustic_out(acoustic) + self.known_depth[acoustic_depth, None]
+        mixed = self.mix(content, acoustic, acoustic_depth)
         wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed)))
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
@@ -365,10 +373,9 @@ class RVQTokenizer(AudioTokenizer):
         """(B, T, K') -> the decoder's input (B, T, d_branch)."""
         n_semantic = self.config.n_semantic
         depth = max(0, codes.size(-1) - n_semantic)
-        mixed = self.semantic_out(self.semantic.decode(codes[..., :n_semantic])) + self.known_depth[depth]
-        if depth:
-            mixed = mixed + self.acoustic_out(self.acoustic.decode(codes[..., n_semantic:]))
-        return mixed
+        content = self.semantic.decode(codes[..., :n_semantic])
+        acoustic = self.acoustic.decode(codes[..., n_semantic:]) if depth else torch.zeros_like(content)
+        return self.mix(content, acoustic, depth)
 
     def encoder_state(self, batch_size: int) -> EncoderState:
         self.exact = self.exact if self.exact and self.exact.is_of(self) else ExactEncoder(self)

@@ -32,6 +32,7 @@ def tokenizer() -> RVQTokenizer:
     model = RVQTokenizer(CONFIG).eval()
     with torch.no_grad():
         model.known_depth.normal_()
+        model.depth_gain.normal_()
         content, acoustic = model.latents(speechlike(2, 60))
     generator = torch.Generator().manual_seed(0)
     model.semantic.fit(content.flatten(0, 1), 24, generator)

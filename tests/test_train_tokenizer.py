@@ -180,8 +180,8 @@ def test_depths_keep_a_semantic_codebook_and_cover_the_hierarchy():
     depths = draw_depths(0, 0, 4000, 10, 22)
     assert depths.semantic.min() == 1 and depths.semantic.max() == 10
     share = torch.bincount(depths.acoustic, minlength=23) / 4000
-    assert share[0] == pytest.approx(0.15, abs=0.02) and share[22] == pytest.approx(0.5, abs=0.03)
-    assert share[1] == pytest.approx(0.064, abs=0.02) and (share[2:22] > 0).all()
+    assert share[0] == pytest.approx(0.2, abs=0.02) and share[22] == pytest.approx(0.45, abs=0.03)
+    assert share[1] == pytest.approx(0.35 * np.log(2) / np.log(22), abs=0.02) and (share[2:22] > 0).all()
 
 
 def test_rate_warms_up_stays_through_stage_a_and_falls_to_zero():
