@@ -149,12 +149,14 @@ class CSM(nn.Module):
         cache: CSMCache | None = None,
         traces: Traces | None = None,
         maps: bool = False,
+        shown: Tensor | None = None,
     ) -> Tensor:
         """(B, T) rows -> (B, T, D) backbone states.
 
         Without `allowed` attention is causal over all rows. With a cache the rows continue what it holds; a model with
-        a memory then reads one turn, or a part of it, at a time. `maps` asks `traces` for attention maps. ValueError
-        for more rows than `max_positions`.
+        a memory then reads one turn, or a part of it, at a time. `maps` asks `traces` for attention maps. `shown`
+        (B, T, K + 1) says which entries are embedded, by default all that are real. ValueError for more rows than
+        `max_positions`.
         """
         c = self.config
         if rows.tokens.size(1) > c.max_positions:
@@ -179,7 +181,8 @@ class CSM(nn.Module):
             return x
 
         keys = cache and cache.keys
-        return self.backbone(self.embed(rows.tokens, rows.mask), rows.positions, allowed, keys, between)
+        embedded = self.embed(rows.tokens, rows.mask if shown is None else shown)
+        return self.backbone(embedded, rows.positions, allowed, keys, between)
 
     def end_turn(self, cache: CSMCache, prosody: Tensor) -> None:
         """Write the turn just read, whose sound is (B, F), to the memory if there is one."""
@@ -206,14 +209,19 @@ class CSM(nn.Module):
         states = self.depth(inputs, positions)[:, 1:]  # (N, K - 1, E); position k predicts codebook k
         return torch.einsum("nke,kea->nka", states, self.depth_heads.to(states.dtype))
 
-    def loss(self, rows: Rows, depth_rows: Tensor, guidance: bool = False) -> Terms:
+    def forward(self, rows: Rows, depth_rows: Tensor, guidance: bool = False, shown: Tensor | None = None) -> Terms:
+        """The loss, so that wrappers for several processes, which know `forward` only, can hold a model."""
+        return self.loss(rows, depth_rows, guidance, shown)
+
+    def loss(self, rows: Rows, depth_rows: Tensor, guidance: bool = False, shown: Tensor | None = None) -> Terms:
         """Sums of the terms of a batch; `depth_rows` (N,) indexes the B * T rows whose frame the depth decoder learns.
 
         Compute amortization (Sesame, section "Compute amortization"): codebook 0 on every frame, the depth decoder on
-        a random share of them. `count_targets` has the counts.
+        a random share of them. `shown` as in `hidden`. `count_targets` has the counts.
         """
         traces = Traces()
-        states = self.hidden(rows, rows.allowed(), traces=traces, maps=guidance).flatten(0, 1)  # (B T, D)
+        states = self.hidden(rows, rows.allowed(), traces=traces, maps=guidance, shown=shown)
+        states = states.flatten(0, 1)  # (B T, D)
         targets = rows.targets.flatten(0, 1)  # (B T, K + 1)
         codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0])
         text = _summed_nats(self.text_logits, states, targets[:, -1]) if self.config.text_head else states.new_zeros(())

@@ -1,4 +1,4 @@
-"""Files of weights and of training state: atomic save, checked load, random-number state.
+"""Files of weights and of training state: atomic save, checked load.
 
 Weights for use are a folder with `config.json` and `model.safetensors`. Training state is one `.pt` file of tensors
 and plain values that loads with `weights_only=True`. Knows nothing of which model it holds.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -160,26 +158,3 @@ def load_newest_state(folder: Path) -> dict | None:
         except ValueError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
     return None
-
-
-def random_state() -> dict:
-    """State of torch's (CPU and all GPUs), numpy's and Python's global generators, as plain values."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def restore_random_state(state: dict) -> None:
-    """Undo `random_state`. GPU states are restored where as many GPUs are there as were saved."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))

@@ -166,6 +166,19 @@ class ConversationDataset:
 
         All processes of a run take as many steps, whatever the data: each makes its own part of every batch.
         """
+        rows = self._rows(step, rows_per_batch, seed)
+        seeds = [f"{seed}-{step}-{place}" for place in range(rows_per_batch)]
+        return self.collate(rows[part], seeds[part])
+
+    def names(self, step: int, rows_per_batch: int, seed: int) -> list[str]:
+        """The conversations of a step's batch and which of their turns, to look at them."""
+        return [
+            f"{self.conversations[sample.conversation].conv_id}[{sample.start}:{sample.stop}]"
+            for row in self._rows(step, rows_per_batch, seed)
+            for sample in row
+        ]
+
+    def _rows(self, step: int, rows_per_batch: int, seed: int) -> list[list[Sample]]:
         if not self.conversations:
             raise ValueError("this split holds no conversations; collect more with collect_data.py")
         epoch, index, rows = 0, step * rows_per_batch, []
@@ -177,8 +190,7 @@ class ConversationDataset:
             else:
                 index -= size
                 epoch += 1
-        seeds = [f"{seed}-{step}-{place}" for place in range(rows_per_batch)]
-        return self.collate(rows[part], seeds[part])
+        return rows
 
     def collate(self, rows: list[list[Sample]], seeds: list[str] | None) -> Rows:
         """Rows of samples -> padded tensors (B, L, ...).

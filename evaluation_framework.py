@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import itertools
 import json
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,25 +44,20 @@ from evaluation_report import (
     save_audio,
     write_report,
 )
-from generation import Conversation as Dialogue
-from generation import Reply, Sampling, check_tokenizer
+from generation import Reply, check_tokenizer
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import (
-    EVALUATION_PACKAGES,
     METRICS,
     Figure,
     Item,
     NotMeasurable,
     Recognizer,
-    SpeakerEncoder,
     Tally,
     bootstrap,
     count_errors,
-    log_mel_distance,
-    pesq_wb,
-    stoi,
 )
+from spoken_validation import Tools, hear_codes, mean_cosine, speak_after, spread, time_reply
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import batch_losses
@@ -77,13 +70,6 @@ CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and on
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
 REPLY_SECONDS = 8.0  # a generated turn is cut there
-PAIRED = {"log_mel_l1": log_mel_distance, "stoi": stoi, "pesq_wb": pesq_wb}
-NEEDS = {  # metric -> packages it cannot do without
-    "stoi": ("pystoi",),
-    "pesq_wb": ("pesq",),
-    "wer": ("faster_whisper", "whisper_normalizer", "jiwer"),
-    "speaker_similarity": ("resemblyzer",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,49 +85,6 @@ class Settings:
         for name in ("max_clips", "max_replies"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-class Tools:
-    """The metrics that can be had here; `missing` says what to install for the others."""
-
-    def __init__(self, asr: str, threads: int):
-        self.missing: dict[str, str] = {}
-        for metric, packages in NEEDS.items():
-            absent = [name for name in packages if not _imports(name)]
-            if absent:
-                self.missing[metric] = f"{', '.join(absent)} not installed: {EVALUATION_PACKAGES}"
-        self.recognizer = None if "wer" in self.missing else Recognizer(asr, threads)
-        self.encoder = None if "speaker_similarity" in self.missing else SpeakerEncoder()
-        self.paired = {name: measure for name, measure in PAIRED.items() if name not in self.missing}
-
-    def embed(self, samples: np.ndarray) -> np.ndarray | NotMeasurable:
-        """The embedding, or the reason why there is none."""
-        if not len(samples):
-            return NotMeasurable("no clip to compare with")
-        try:
-            return self.encoder.embed(samples)
-        except NotMeasurable as reason:
-            return reason
-
-
-def _imports(name: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            return False
-    return True
-
-
-def mean_cosine(voice: np.ndarray | NotMeasurable, others: Sequence[np.ndarray | NotMeasurable]) -> float:
-    """Mean cosine of an embedding to others. NotMeasurable: it is missing itself, or there is none to compare with."""
-    if isinstance(voice, NotMeasurable):
-        raise voice
-    present = [other for other in others if not isinstance(other, NotMeasurable)]
-    if not present:
-        raise NotMeasurable("no clip to compare with")
-    return float(np.mean([voice @ other for other in present]))
 
 
 def plain(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict]]:
@@ -328,8 +271,7 @@ def choose_replies(conversations: list[Conversation], limit: int, seed: int) -> 
         heard = [i for i in range(len(speakers)) if speakers[i] in speakers[max(0, i - CONTEXT_TURNS) : i]]
         random.Random(f"{seed}-{conversation.conv_id}").shuffle(heard)
         queues.append([(conversation, i) for i in heard or range(len(speakers))])
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
-    return list(itertools.islice((choice for choice in rounds if choice is not None), limit))
+    return list(itertools.islice(spread(queues), limit))
 
 
 def speak(
@@ -341,22 +283,11 @@ def speak(
     seed: int,
 ) -> Reply:
     """The model's version of one turn, after the real turns before it."""
-    sampling = Sampling(max_seconds=REPLY_SECONDS)
-    dialogue = Dialogue(model, tokenizer, dataset.text_tokenizer, sampling=sampling, seed=seed)
-    for i in range(max(0, index - CONTEXT_TURNS), index):
-        turn = conversation.turns[i]
-        codes = torch.from_numpy(dataset.cache.codes[turn.utt_id].astype(np.int64))
-        dialogue.add_turn(conversation.speakers[i], turn.text, codes=codes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an empty reply is counted below
-        return dialogue.speak(conversation.speakers[index], conversation.turns[index].text)
-
-
-@torch.inference_mode()
-def hear_codes(tokenizer: AudioTokenizer, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """(T, K) codes of some turns -> their audio one after the other, (N,); empty for no turns."""
-    waves = [tokenizer.decode(torch.from_numpy(part.astype(np.int64))[None])[0].cpu().numpy() for part in parts]
-    return np.concatenate(waves) if waves else np.zeros(0, np.float32)
+    turns = list(zip(conversation.speakers, conversation.turns, strict=True))
+    before = turns[max(0, index - CONTEXT_TURNS) : index]
+    context = [(speaker, turn.text, dataset.cache.codes[turn.utt_id]) for speaker, turn in before]
+    speaker, turn = turns[index]
+    return speak_after(model, tokenizer, dataset.text_tokenizer, context, speaker, turn.text, REPLY_SECONDS, seed)
 
 
 def evaluate_model(
@@ -379,7 +310,7 @@ def evaluate_model(
         others = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] != speaker])
         waves.append({GENERATED: reply.samples, REAL: hear_codes(tokenizer, [codes[index]])})
         voices.append({"own": own, "others": others})
-        time_reply(tally, conversation_of(turn), reply)
+        time_reply(tally, GENERATED, conversation_of(turn), reply)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "text": turn.text, "seconds": reply.duration}
         paths = save_audio(audio, f"reply-{number:02d}", {**waves[-1], "prompt, the speaker's turns before": own})
         rows.append({**row, "ended": reply.ended, "audio": paths})
@@ -397,17 +328,6 @@ def evaluate_model(
         "device": device.type,
         "seconds": time.perf_counter() - begin,
     }
-
-
-def time_reply(tally: Tally, conversation: str, reply: Reply) -> None:
-    """How long a reply took and whether it ended; an empty one is counted as excluded."""
-    tally.items["ended", GENERATED].append(Item(conversation, float(reply.ended)))
-    if not len(reply.samples):
-        for metric in ("real_time_factor", "first_audio"):
-            tally.excluded[metric, GENERATED]["empty reply"] += 1
-        return
-    tally.items["real_time_factor", GENERATED].append(Item(conversation, reply.seconds, reply.duration))
-    tally.items["first_audio", GENERATED].append(Item(conversation, reply.seconds_to_first_audio))
 
 
 def compare_replies(

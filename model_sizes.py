@@ -200,18 +200,27 @@ def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int
 
 
 def training_memory(
-    config: CSMConfig, n_parameters: int, batch_rows: int, row_positions: int, depth_share: float, bf16: bool = False
+    config: CSMConfig,
+    n_parameters: int,
+    batch_rows: int,
+    row_positions: int,
+    depth_share: float,
+    bf16: bool = False,
+    recompute: bool = False,
 ) -> Memory:
     """One micro-batch of rows full of audio: fp32 weights, gradients and AdamW, and what the backward pass keeps.
 
-    Counted by hand from what each operation saves, without activation checkpointing; tested against what autograd
-    really keeps.
+    Counted by hand from what each operation saves; tested against what autograd really keeps. With `recompute` blocks
+    keep their input, and one block at a time the rest.
     """
     rows = batch_rows * row_positions
     b, d = config.backbone, config.depth
     frames = max(1, round(depth_share * rows))
-    kept = rows * b.n_layers * _block_bytes(b, bf16)
-    kept += frames * config.n_codebooks * d.n_layers * _block_bytes(d, bf16)
+    kept = 0
+    for stack, positions in ((b, rows), (d, frames * config.n_codebooks)):
+        of_block, between = _block_bytes(stack, bf16), 4 * stack.d_model
+        each = stack.n_layers * between + of_block if recompute else stack.n_layers * of_block
+        kept += positions * each
     across = _block_bytes(dataclasses.replace(b, d_ff=b.d_model), bf16) * 3 // 2  # both directions, gathered rows
     kept += rows * len(config.cross_layers) * across + rows * 12 * config.n_codebooks
     heads = config.semantic_heads + config.prosodic_heads

@@ -33,10 +33,10 @@ class Ranks:
         """The process that writes, prints and measures."""
         return self.rank == 0
 
-    def share_of(self, batch_size: int) -> slice:
+    def share_of(self, batch_size: int, name: str = "batch_size") -> slice:
         """Rows of a global batch that this process works on. ValueError if they do not divide evenly."""
         if batch_size % self.n:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of the {self.n} processes")
+            raise ValueError(f"{name}={batch_size} must be a multiple of the {self.n} processes")
         each = batch_size // self.n
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -52,13 +52,16 @@ class Ranks:
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
-    def mean(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """Of a tensor of the same shape in every process."""
         if self.n > 1:
             values = values.clone()
             dist.all_reduce(values)
-            values /= self.n
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of a tensor of the same shape in every process."""
+        return self.sum(values) / self.n if self.n > 1 else values
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in at least one process."""
@@ -100,6 +103,15 @@ def over_ranks(count: int, device: torch.device) -> float:
     counted = torch.tensor(float(count), device=device)
     dist.all_reduce(counted)
     return counted.item()
+
+
+def pick_device(name: str) -> torch.device:
+    """ValueError if CUDA is asked for and not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
+    return torch.device(name)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from audio import SAMPLE_RATE
 from checkpointing import write_atomically
+
+PANELS = 3  # of a picture, side by side
 
 
 def describe_environment() -> dict:
@@ -52,6 +56,12 @@ class RunLog:
         self.file.flush()
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+
+    def speech(self, step: int, clips: list[tuple[str, np.ndarray]], lines: list[str]) -> None:
+        """(title, (N,) samples at 24 kHz) to hear and lines to read, in TensorBoard."""
+        for number, (title, samples) in enumerate(clips):
+            self.tensorboard.add_audio(f"speech/{number} {title[:60]}", samples[None], step, SAMPLE_RATE)
+        self.tensorboard.add_text("speech", "\n\n".join(lines), step)
 
     def close(self) -> None:
         self.file.close()
@@ -96,8 +106,12 @@ def plot_metrics(folder: Path, groups: dict[str, list[str]], path: Path) -> None
     import matplotlib.pyplot as plt
 
     records = read_metrics(folder)
-    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
-    for axis, (title, names) in zip(axes[0], groups.items(), strict=True):
+    columns = min(len(groups), PANELS)
+    rows = -(-len(groups) // PANELS)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (title, names) in zip(axes.flat[: len(groups)], groups.items(), strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
             if points:

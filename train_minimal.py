@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 
-from architecture import CSM
-from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from dataset_pipeline import ConversationDataset
-from model_sizes import preset
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
-from training import TrainConfig, choose_bf16, mixture, train
+from training import choose_bf16, train
+from training_config import TrainConfig, mixture
+from training_start import new_model, sized
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -39,21 +38,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="fp32, bf16, or auto: the faster one here" + defaults)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 = torch's choice (default: 0)")
     return parser.parse_args(argv)
-
-
-def build_model(tokenizer: AudioTokenizer, seed: int) -> CSM:
-    """A `nano` model with random weights that fits the tokenizer; the same seed gives the same weights."""
-    c = tokenizer.config
-    config = preset(
-        "nano",
-        n_codebooks=c.n_codebooks,
-        n_semantic=c.n_semantic,
-        codebook_size=c.codebook_size,
-        audio_tokenizer=tokenizer.fingerprint(),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return CSM(config)
 
 
 def print_summary(folder: Path) -> None:
@@ -79,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     with only_run_in(args.out):
         tokenizer = load_tokenizer(args.tokenizer)
         cache = TokenCache(args.data, tokenizer)
-        model = build_model(tokenizer, args.seed)
+        model = new_model(sized("nano", tokenizer, {}), args.seed)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
         shared = cache, text_tokenizer, model.config.layout, config.row_positions
         train_data = ConversationDataset(args.data, "train", *shared, mixture(config, model.config))

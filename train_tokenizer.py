@@ -37,7 +37,7 @@ from codec_training import (
 )
 from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
 from conversations import load_clips
-from ranks import Ranks, join_ranks
+from ranks import Ranks, join_ranks, pick_device
 from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import save_tokenizer
@@ -177,15 +177,6 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
     if not held_out:
         raise ValueError(f"{data} holds no held-out (val) clip of half a second or more; {remedy}")
     return Crops(clips), held_out, Utterances(transcribed)
-
-
-def pick_device(name: str) -> torch.device:
-    """ValueError if CUDA is asked for and not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
-    return torch.device(name)
 
 
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:

@@ -1,116 +1,76 @@
 """The training loop of the speech model, used by every script that trains one; its losses on held-out conversations.
 
-One visible function: rate, micro-batches, clip, finite check, update, log, then evaluate and save when due. Batches,
-amortization draws and the schedule are pure functions of (seed, step), so training state is weights, optimizer, step.
+One visible function: rate, micro-batches, clip, checks, update, log, then evaluate, let it speak and save when due.
+Batches, all random draws and the schedule are pure functions of (seed, step), so training state is weights, optimizer,
+step, and N processes take the steps of one.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import json
 import math
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from architecture import CSM, Terms, count_targets, pick_depth_rows, save_model
-from checkpointing import load_into, load_newest_state, random_state, restore_random_state, save_state
-from command_line import EXIT_DONE, StopSignals
-from dataset_pipeline import ConversationDataset, Mixture
+from architecture import CSM, WEIGHTS_KIND, Terms, count_targets, pick_depth_rows
+from checkpointing import load_newest_state, save_state, save_weights, write_atomically
+from command_line import EXIT_DONE, EXIT_SIGTERM, StopSignals
+from dataset_pipeline import ConversationDataset
+from fine_tuning import merged_state
 from frames import Rows
-from model_sizes import CSMConfig
-from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
+from history_corruption import Corruption, corrupt
+from parallel import begin_moments, distribute, restore, training_state, whole
+from ranks import Ranks
+from run_folder import RunLog, read_settings, refuse_other_settings
+from spoken_validation import SpokenValidation
+from training_config import TrainConfig, lr_at, term_weights
+from training_pictures import attention_figures, gate_values, memory_gib, plot_training
+
+WEIGHTS = "model.safetensors"  # written last: its presence beside a state of the last step means the run is complete
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; all of it is part of the run's identity except `save_every` and `eval_every`."""
+class Micro(NamedTuple):
+    """One process's part of a micro-batch."""
 
-    max_steps: int = 100
-    batch_rows: int = 2  # packed rows per micro-batch
-    row_positions: int = 1024  # positions per row, 82 s when all are audio frames
-    grad_accum: int = 1  # micro-batches per step
-    lr: float = 1e-3
-    min_lr: float = 1e-4  # reached at max_steps
-    warmup: int = 10  # steps
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    depth_share: float = 1 / 16  # of the frames the depth decoder learns in a step; 1 = all
-    no_context: float = 0.15  # share of conversations learnt as single turns
-    joint: float = 0.3  # share of turns with text and audio in chunks; these three need a text head
-    listen: float = 0.1  # share of turns with audio, then text
-    text_only: float = 0.1  # share of turns without their audio
-    evict: float = 0.3  # share of documents whose first turns leave the context; needs a memory
-    one_speaker: float = 0.0  # share of documents with targets in one speaker's turns only
-    text_weight: float = 0.5  # of the text loss beside codebook 0 and the mean of the depth codebooks
-    guidance_weight: float = 1.0  # of the attention guidance at first; needs cross-attention; 0 = none
-    guidance_steps: int = 1000  # the guidance weight falls linearly to 0 within so many
-    memory_weight: float = 0.1  # of the prosody that the memory should expect
-    bf16: bool = False  # autocast; weights and optimizer stay fp32
-    seed: int = 0
-    save_every: int = 25  # steps between checkpoints
-    eval_every: int = 25  # steps between evaluations on the val split
-    eval_rows: int = 2  # packed rows per evaluation
-
-    def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "batch_rows",
-            "grad_accum",
-            "save_every",
-            "eval_every",
-            "eval_rows",
-            "guidance_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.depth_share <= 1:
-            raise ValueError(f"depth_share={self.depth_share} must be above 0 and at most 1")
-        for name in ("text_weight", "guidance_weight", "memory_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        Mixture(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Mixture)})
-        if self.lr <= 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
+    rows: Rows
+    depth_rows: Tensor  # (N,) rows the depth decoder learns
+    shown: Tensor | None = None  # (B, T, K + 1) what is embedded; None: all that is real
 
 
-def lr_at(step: int, c: TrainConfig) -> float:
-    """Linear warmup, then cosine to min_lr."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    progress = min(1.0, (step - c.warmup) / max(1, c.max_steps - c.warmup))
-    return c.min_lr + 0.5 * (c.lr - c.min_lr) * (1 + math.cos(math.pi * progress))
+@dataclass
+class Training:
+    """What one run holds, beside its settings."""
+
+    model: CSM
+    loss: nn.Module  # what to call for the loss: the model, or what spreads it over the processes
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    ranks: Ranks
 
 
-def mixture(c: TrainConfig, model: CSMConfig) -> Mixture:
-    """How the data is shown to a model, without what it has no use for."""
-    unused = () if model.text_head else ("joint", "listen", "text_only")
-    unused += () if model.has_memory else ("evict",)
-    return Mixture(**{f.name: 0.0 if f.name in unused else getattr(c, f.name) for f in dataclasses.fields(Mixture)})
+def make_optimizer(model: nn.Module, c: TrainConfig, new: Set[str] = frozenset()) -> torch.optim.AdamW:
+    """AdamW (.9, .95); weight decay on matrices, not on embeddings and norms; half-lives learn ten times faster.
 
-
-def term_weights(step: int, c: TrainConfig, model: CSMConfig) -> Terms:
-    """Weights of the terms of the loss in a step: 1 for codebook 0 and for the mean of the depth codebooks."""
-    guidance = c.guidance_weight * max(0.0, 1 - step / c.guidance_steps) if model.cross_layers else 0.0
-    return Terms(1.0, 1.0, c.text_weight * model.text_head, guidance, c.memory_weight * (model.prosodic_heads > 0))
-
-
-def make_optimizer(model: nn.Module, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (.9, .95); weight decay on matrices, not on embeddings and norms; half-lives learn ten times faster."""
+    Parameters that do not learn are left out. While `c.added_steps` last, only the parameters named in `new` learn.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[str, list] = {"matrices": [], "others": [], "half-lives": []}
+    groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or id(parameter) in embeddings
-        kind = "half-lives" if name.endswith("log_half_life") else "others" if plain else "matrices"
-        groups[kind].append(parameter)
-    options = {"matrices": (c.weight_decay, 1.0), "others": (0.0, 1.0), "half-lives": (0.0, 10.0)}
+        scale = 10.0 if name.endswith("log_half_life") else 1.0
+        if parameter.requires_grad:
+            groups.setdefault((0.0 if plain else c.weight_decay, scale, name in new), []).append(parameter)
     listed = [
-        {"params": groups[kind], "weight_decay": decay, "lr_scale": scale}
-        for kind, (decay, scale) in options.items()
-        if groups[kind]
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale, "new": is_new}
+        for (decay, scale, is_new), parameters in groups.items()
     ]
     return torch.optim.AdamW(listed, lr=c.lr, betas=(0.9, 0.95), fused=True)
 
@@ -138,19 +98,38 @@ def choose_bf16(precision: str, device: torch.device, folder: Path) -> bool:
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
-def micro_batch(dataset: ConversationDataset, index: int, c: TrainConfig) -> tuple[Rows, Tensor]:
-    """Micro-batch number `index` of the run and the (N,) rows the depth decoder learns of it, redrawn for each."""
-    batch = dataset.batch(index, c.batch_rows, c.seed)
-    generator = torch.Generator().manual_seed(c.seed * 2**32 + index)
-    return batch, pick_depth_rows(batch.targets, c.depth_share, generator)
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(dataset: ConversationDataset, index: int, c: TrainConfig, part: slice = slice(None)) -> Micro:
+    """Micro-batch number `index` of the run, `part` of its rows; what is drawn for a row depends on no other row."""
+    rows = dataset.batch(index, c.batch_rows, c.seed, part)
+    first = index * c.batch_rows + (part.start or 0)
+    seeds = [2 * (c.seed * 2**32 + first + place) for place in range(len(rows.tokens))]
+    T = rows.tokens.size(1)
+    depth_rows = [
+        place * T + pick_depth_rows(rows.targets[place : place + 1], c.depth_share, torch.Generator().manual_seed(seed))
+        for place, seed in enumerate(seeds)
+    ]
+    how, shown = c.part(Corruption), None
+    if how:
+        rows, shown = corrupt(rows, how, dataset.layout.codebook_size, [seed + 1 for seed in seeds])
+    return Micro(rows, torch.cat(depth_rows), shown)
 
 
 def batch_losses(
-    model: CSM, batch: Rows, depth_rows: Tensor, device: torch.device, bf16: bool = False, guidance: bool = False
+    model: nn.Module,
+    batch: Rows,
+    depth_rows: Tensor,
+    device: torch.device,
+    bf16: bool = False,
+    guidance: bool = False,
+    shown: Tensor | None = None,
 ) -> Terms:
     """Summed losses of one batch on `device`."""
+    shown = None if shown is None else shown.to(device, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model.loss(batch.to(device), depth_rows.to(device), guidance)
+        return model(batch.to(device), depth_rows.to(device, non_blocking=True), guidance, shown)
 
 
 def weighted_mean(sums: Terms, counts: Terms, weights: Terms) -> Tensor:
@@ -160,26 +139,61 @@ def weighted_mean(sums: Terms, counts: Terms, weights: Terms) -> Tensor:
 
 
 def gradient_step(
-    model: CSM, optimizer: torch.optim.Optimizer, micro: list, c: TrainConfig, device: torch.device, step: int = 0
+    model: CSM,
+    optimizer: torch.optim.Optimizer,
+    micro: list,
+    c: TrainConfig,
+    device: torch.device,
+    step: int = 0,
+    ranks: Ranks | None = None,
+    loss: nn.Module | None = None,
 ) -> tuple[Terms, Terms, Tensor]:
     """Backward over the micro-batches and one update; returns summed losses, their counts and the gradient norm.
 
-    Every target weighs the same, however the step is split. FloatingPointError before an update that is not finite.
+    Every target weighs the same, however the step is split over micro-batches and processes. `loss` is what spreads
+    the model over the processes. FloatingPointError before an update that is not finite, or of a loss twice as high
+    as that of guessing.
     """
+    ranks, loss = ranks or Ranks(), loss or model
     weights = term_weights(step, c, model.config)
-    counts = add([count_targets(*each, weights.guidance > 0) for each in micro])
+    guided = weights.guidance > 0
+    micro = [Micro(*each) for each in micro]
+    counts = over_processes(add([count_targets(*each[:2], guided) for each in micro]), ranks, device)
     on_device = Terms(*(count.to(device) for count in counts))
     parts = []
-    for batch, depth_rows in micro:
-        sums = batch_losses(model, batch, depth_rows, device, c.bf16, weights.guidance > 0)
-        weighted_mean(sums, on_device, weights).backward()
+    for index, each in enumerate(micro):
+        last = index + 1 == len(micro)
+        with contextlib.nullcontext() if last or not hasattr(loss, "no_sync") else loss.no_sync():
+            sums = batch_losses(loss, *each[:2], device, c.bf16, guided, each.shown)
+            (ranks.n * weighted_mean(sums, on_device, weights)).backward()  # gradients are averaged, counts are of all
         parts.append(Terms(*(part.detach() for part in sums)))
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient norm is {float(grad_norm)}; stopped before the update, lower --lr")
+    sums = over_processes(add(parts), ranks, device)
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm))
+    refuse_update(sums, on_device, grad_norm, model.config.audio_vocab_size)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return add(parts), counts, grad_norm
+    return sums, counts, grad_norm
+
+
+def refuse_update(sums: Terms, counts: Terms, grad_norm: Tensor, n_codes: int) -> None:
+    """FloatingPointError if the gradient is not finite or the loss is twice that of guessing all codes."""
+    audio = weighted_mean(sums, counts, Terms(1.0, 1.0, 0.0, 0.0, 0.0))
+    norm, nats = torch.stack((grad_norm, audio.to(grad_norm))).tolist()  # the one wait for the device in a step
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}; stopped before the update, lower --lr")
+    if nats > 4 * math.log(n_codes):
+        raise FloatingPointError(
+            f"the loss is {nats:.1f} nats, twice that of guessing; stopped before the update, lower --lr"
+        )
+
+
+def over_processes(terms: Terms, ranks: Ranks, device: torch.device) -> Terms:
+    """Sums or counts of all processes."""
+    if ranks.n == 1:
+        return terms
+    flat = ranks.sum(torch.cat([term.reshape(-1).double() for term in terms]).to(device))
+    parts = flat.split([term.numel() for term in terms])
+    return Terms(*(part.view(term.shape).to(term) for part, term in zip(parts, terms, strict=True)))
 
 
 def named_losses(sums: Terms, counts: Terms, prefix: str) -> dict[str, float]:
@@ -197,6 +211,9 @@ def named_losses(sums: Terms, counts: Terms, prefix: str) -> dict[str, float]:
 def add(losses: list[Terms]) -> Terms:
     """Sums or counts over micro-batches."""
     return Terms(*(torch.stack(parts).sum(dim=0) for parts in zip(*losses, strict=True)))
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -225,75 +242,6 @@ def evaluate_losses(
     return found | {"text": values.get("val/text")}
 
 
-def train(
-    model: CSM,
-    train_data: ConversationDataset,
-    val_data: ConversationDataset | None,
-    c: TrainConfig,
-    folder: Path,
-    settings: dict,
-    device: torch.device,
-) -> int:
-    """Train to `c.max_steps`, resuming what `folder` holds; returns 0, or 128 + signal after saving for one.
-
-    Nothing is done, nor written, when the run is complete already.
-
-    FloatingPointError: a gradient is not finite (stopped before the update). ValueError: `folder` is another run's.
-    """
-    if c.row_positions > model.config.max_positions:
-        raise ValueError(
-            f"row_positions={c.row_positions} must be at most the model's max_positions={model.config.max_positions}"
-        )
-    settings = {"train": identity(c), "model": model.config.to_dict(), **settings}
-    refuse_other_settings(folder, settings)
-    optimizer = make_optimizer(model, c)
-    state = load_newest_state(folder)
-    start = 0
-    if state is not None:
-        start = state["step"]
-        if start == c.max_steps and (folder / "model.safetensors").is_file():
-            return EXIT_DONE
-        load_into(model, state["model"], str(folder))
-        optimizer.load_state_dict(state["optimizer"])
-        restore_random_state(state["random"])
-    log = RunLog(folder, settings, start)
-    model.to(device).train()
-    bar = tqdm(range(start, c.max_steps), initial=start, total=c.max_steps, desc="training", unit="step")
-    with StopSignals() as stop:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, c) * group["lr_scale"]
-
-            began = time.perf_counter()
-            micro = [micro_batch(train_data, step * c.grad_accum + i, c) for i in range(c.grad_accum)]
-            sums, counts, grad_norm = gradient_step(model, optimizer, micro, c, device, step)
-
-            values = named_losses(sums, counts, "train") | {
-                "train/grad_norm": float(grad_norm),
-                "train/lr": lr_at(step, c),
-                "train/frames_per_s": int(counts.codebook0) / (time.perf_counter() - began),
-            }
-            done = step + 1
-            if val_data is not None and (done % c.eval_every == 0 or done == c.max_steps):
-                values |= held_out_values(evaluate_losses(model, val_data, device, c.eval_rows))
-            log.scalars(step, values)
-            bar.set_postfix(loss=f"{values['train/loss']:.3f}", codebook0=f"{values['train/codebook0']:.3f}")
-            if done % c.save_every == 0 or done == c.max_steps or stop.received is not None:
-                save(folder, done, model, optimizer)
-            if stop.received is not None:
-                break
-    log.close()
-    if stop.received is None:
-        save_model(model, folder)
-        plot_losses(folder, model.config.n_codebooks)
-    return stop.exit_code
-
-
-def identity(c: TrainConfig) -> dict:
-    """The settings that a resumed run must share; how often to save and evaluate may change."""
-    return {name: value for name, value in dataclasses.asdict(c).items() if name not in ("save_every", "eval_every")}
-
-
 def held_out_values(result: dict) -> dict[str, float]:
     """What `evaluate_losses` returns, under the names of the log."""
     each = {f"codebooks_val/{k:02d}": nats for k, nats in enumerate([result["c0"], *result["depth"]])}
@@ -302,17 +250,198 @@ def held_out_values(result: dict) -> dict[str, float]:
     return {"val/loss": result["loss"], "val/codebook0": result["c0"], "val/depth": depth, **each}
 
 
-def save(folder: Path, step: int, model: CSM, optimizer: torch.optim.Optimizer) -> None:
-    """Training state after `step` updates."""
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state()}
-    save_state(folder, step, content)
+def validate(
+    run: Training,
+    c: TrainConfig,
+    done: int,
+    val_data: ConversationDataset | None,
+    spoken: SpokenValidation | None,
+    log: RunLog | None,
+) -> dict[str, float]:
+    """What is due after `done` steps; with pictures and audio to TensorBoard."""
+    values: dict[str, float] = {}
+    at_end = done == c.max_steps
+    if val_data is not None and (at_end or done % c.eval_every == 0):
+        values |= held_out_values(evaluate_losses(run.model, val_data, run.device, c.eval_rows))
+        values |= gate_values(run.model)
+        if log is not None and not sharded(c, run.ranks):
+            for name, figure in attention_figures(run.model, val_data, run.device):
+                log.tensorboard.add_figure(name, figure, done)  # closes the figure
+    if spoken is not None and log is not None and (at_end or done % c.speak_every == 0):
+        heard = spoken.measure(run.model)
+        values |= heard.values
+        log.speech(done, heard.clips, heard.lines)
+    return values
 
 
-def plot_losses(folder: Path, n_codebooks: int) -> None:
-    """`losses.png`: total, codebook 0 and depth; each codebook in training."""
-    some = sorted({0, 1, *range(4, n_codebooks, 4), n_codebooks - 1})
-    groups = {
-        "nats per target": [f"{split}/{name}" for split in ("train", "val") for name in ("codebook0", "depth", "text")],
-        "training loss by codebook": [f"codebooks_train/{k:02d}" for k in some],
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: CSM,
+    train_data: ConversationDataset,
+    val_data: ConversationDataset | None,
+    c: TrainConfig,
+    folder: Path,
+    settings: dict,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    spoken: SpokenValidation | None = None,
+    new: Set[str] = frozenset(),
+) -> int:
+    """Train to `c.max_steps`, resuming what `folder` holds; returns 0, or 128 + signal after saving for one.
+
+    Nothing is done, nor written, when the run is complete already. Only the first process writes.
+
+    FloatingPointError: a step that must not be taken (stopped before it). ValueError: `folder` is another run's, or
+    settings that do not fit the model or the processes.
+    """
+    ranks = ranks or Ranks()
+    check(model, c, spoken, new, ranks)
+    settings = {"train": c.identity(), "model": model.config.to_dict(), **settings}
+    refuse_other_settings(folder, settings)
+    state = load_newest_state(folder) if ranks.first else None
+    start = ranks.from_first(state["step"] if state else 0)
+    if ranks.from_first(start == c.max_steps and (folder / WEIGHTS).is_file()):
+        return EXIT_DONE
+    run = begin(model, c, device, ranks, new)
+    if start:
+        restore(model, run.optimizer, state, ranks, str(folder))
+    del state
+    log = RunLog(folder, settings, start) if ranks.first else None
+    with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignals() as stop:
+        stopped = take_steps(run, start, train_data, val_data, c, folder, spoken, log, stop)
+    if stopped:
+        return stop.exit_code or EXIT_SIGTERM
+    export(model, folder, ranks)
+    if ranks.first:
+        plot_training(folder, model.config.n_codebooks)
+    return EXIT_DONE
+
+
+def check(model: CSM, c: TrainConfig, spoken: SpokenValidation | None, new: Set[str], ranks: Ranks) -> None:
+    """ValueError for settings that do not fit the model or the processes."""
+    if c.row_positions > model.config.max_positions:
+        raise ValueError(
+            f"row_positions={c.row_positions} must be at most the model's max_positions={model.config.max_positions}"
+        )
+    if c.added_steps and not new:
+        raise ValueError(f"added_steps={c.added_steps} needs --init_from with something added to it")
+    if c.speak_every and sharded(c, ranks):
+        raise ValueError(f"speak_every={c.speak_every} needs --parallel ddp: a sharded model cannot speak")
+    ranks.share_of(c.batch_rows, "batch_rows")
+
+
+def sharded(c: TrainConfig, ranks: Ranks) -> bool:
+    """Whether no process holds the whole model, so that only its loss can be computed."""
+    return c.parallel == "fsdp" and ranks.n > 1
+
+
+def begin(model: CSM, c: TrainConfig, device: torch.device, ranks: Ranks, new: Set[str]) -> Training:
+    """The model on its device or devices, in train mode, and its optimizer."""
+    blocks = [*model.backbone.blocks, *model.depth.blocks]
+    for block in blocks:
+        block.dropout = c.dropout
+    model.backbone.recompute = model.depth.recompute = c.recompute
+    if not sharded(c, ranks):
+        model.to(device)
+    loss = distribute(model.train(), blocks, c.parallel, ranks, device)
+    optimizer = make_optimizer(model, c, new)
+    begin_moments(optimizer)
+    return Training(model, loss, optimizer, device, ranks)
+
+
+def take_steps(
+    run: Training,
+    start: int,
+    train_data: ConversationDataset,
+    val_data: ConversationDataset | None,
+    c: TrainConfig,
+    folder: Path,
+    spoken: SpokenValidation | None,
+    log: RunLog | None,
+    stop: StopSignals,
+) -> bool:
+    """Steps from `start` to the last one; whether a signal came, in any process, and was answered by saving."""
+    best, ranks = Best(folder), run.ranks
+    steps = range(start, c.max_steps)
+    bar = tqdm(steps, initial=start, total=c.max_steps, desc="training", unit="step", disable=log is None)
+    for step in bar:
+        values = take_step(run, step, train_data, c)
+        done = step + 1
+        values |= validate(run, c, done, val_data, spoken, log)
+        if log is not None:
+            log.scalars(step, values)
+            bar.set_postfix(loss=f"{values['train/loss']:.3f}", codebook0=f"{values['train/codebook0']:.3f}")
+        if best.is_judged(done, c) and ranks.from_first(best.is_beaten(values, c)):
+            export(run.model, folder / "best", ranks)
+            best.keep(done, values, c, ranks)
+        stopped = ranks.any(stop.received is not None)
+        if done % c.save_every == 0 or done == c.max_steps or stopped:
+            state = training_state(run.model, run.optimizer, ranks)
+            if ranks.first:
+                save_state(folder, done, state, c.keep_last)
+        if stopped:
+            return done < c.max_steps
+    return False
+
+
+def take_step(run: Training, step: int, train_data: ConversationDataset, c: TrainConfig) -> dict[str, float]:
+    """One step of training; what to log of it. FloatingPointError names the conversations of the batch."""
+    for group in run.optimizer.param_groups:
+        learns = step >= c.added_steps or group["new"]
+        group["lr"] = lr_at(step, c) * group["lr_scale"] * learns
+    torch.manual_seed((c.seed * 2**32 + step) * 1009 + run.ranks.rank)  # of dropout: the same after a resume
+    began = time.perf_counter()
+    numbers = range(step * c.grad_accum, (step + 1) * c.grad_accum)
+    part = run.ranks.share_of(c.batch_rows, "batch_rows")
+    micro = [micro_batch(train_data, number, c, part) for number in numbers]
+    try:
+        sums, counts, grad_norm = gradient_step(
+            run.model, run.optimizer, micro, c, run.device, step, run.ranks, run.loss
+        )
+    except FloatingPointError as error:
+        names = [name for number in numbers for name in train_data.names(number, c.batch_rows, c.seed)]
+        raise FloatingPointError(f"step {step}: {error}; the batch held {', '.join(names)}") from error
+    values = named_losses(sums, counts, "train") | {
+        "train/grad_norm": float(grad_norm),
+        "train/lr": lr_at(step, c),
+        "train/frames_per_s": int(counts.codebook0) / (time.perf_counter() - began),
+        "train/memory_gib": memory_gib(run.device),
     }
-    plot_metrics(folder, groups, folder / "losses.png")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class Best:
+    """The best weights so far in `best/`: by free-running word errors where they are measured, else held-out loss."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "best" / "best.json"
+        self.value = math.inf
+        if self.path.is_file() and (folder / "best" / WEIGHTS).is_file():
+            self.value = json.loads(self.path.read_text(encoding="utf-8"))["value"]
+
+    @staticmethod
+    def judge(c: TrainConfig) -> str:
+        return "spoken/wer" if c.speak_every else "val/loss"
+
+    @staticmethod
+    def is_judged(done: int, c: TrainConfig) -> bool:
+        return done == c.max_steps or done % (c.speak_every or c.eval_every) == 0
+
+    def is_beaten(self, values: dict[str, float], c: TrainConfig) -> bool:
+        return values.get(self.judge(c), math.inf) < self.value
+
+    def keep(self, step: int, values: dict[str, float], c: TrainConfig, ranks: Ranks) -> None:
+        """Say of the weights just written what they are."""
+        if ranks.first:
+            self.value = values[self.judge(c)]
+            record = {"step": step, "metric": self.judge(c), "value": self.value}
+            write_atomically(self.path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def export(model: CSM, folder: Path, ranks: Ranks) -> None:
+    """Weights for use, whole and with LoRA merged; all processes must ask."""
+    tensors = {name: whole(tensor) for name, tensor in merged_state(model).items()}
+    if ranks.first:
+        save_weights(folder, WEIGHTS_KIND, model.config.to_dict(), tensors)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +146,16 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.d_model, config.d_ff)
+        self.dropout = 0.0  # of what attention and feed-forward add, in training
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, allowed, cache, layer)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.dropped(self.attention(self.attention_norm(x), rope, allowed, cache, layer))
+        return x + self.dropped(self.feed_forward(self.feed_forward_norm(x)))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 def init_matrices(module: nn.Module, residual_scale: float) -> None:
@@ -173,6 +178,7 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.recompute = False  # blocks keep only their input for the backward pass and compute the rest again
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         init_matrices(self, 1 / math.sqrt(2 * config.n_layers))
 
@@ -196,7 +202,10 @@ class Transformer(nn.Module):
         rope = rope_angles(self.frequencies, positions)
         x = x.to(self.norm.weight.dtype)  # under autocast the residual stream keeps the precision of the weights
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, allowed, cache, layer)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, allowed, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, rope, allowed, cache, layer)
             if between is not None:
                 x = between(layer, x)
         if cache is not None:

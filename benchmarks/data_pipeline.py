@@ -37,7 +37,8 @@ from run_folder import describe_environment  # noqa: E402
 from rvq_tokenizer import load_tokenizer  # noqa: E402
 from text_tokenizer import load_text_tokenizer  # noqa: E402
 from token_cache import TokenCache  # noqa: E402
-from training import TrainConfig, gradient_step, make_optimizer, micro_batch, mixture  # noqa: E402
+from training import gradient_step, make_optimizer, micro_batch  # noqa: E402
+from training_config import TrainConfig, mixture  # noqa: E402
 from turn_shards import read_turns  # noqa: E402
 
 ROUNDS = 5

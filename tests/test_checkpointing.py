@@ -2,9 +2,7 @@
 
 import errno
 import io
-import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +10,6 @@ from checkpointing import (
     load_newest_state,
     load_state,
     load_weights,
-    random_state,
-    restore_random_state,
     save_state,
     save_weights,
     state_files,
@@ -73,16 +69,6 @@ def test_a_state_file_is_never_unpickled(tmp_path):
     torch.save({"format": 1, "step": 1, "bomb": Bomb()}, path)
     with pytest.raises(ValueError, match="is damaged or was not written by this project"):
         load_state(path)
-
-
-def test_random_state_comes_back_through_a_file(tmp_path):
-    path = save_state(tmp_path, 1, {"random": random_state()})
-    first = (torch.rand(3), np.random.rand(3), random.random())
-    restore_random_state(load_state(path)["random"])
-    second = (torch.rand(3), np.random.rand(3), random.random())
-    assert torch.equal(first[0], second[0])
-    assert np.array_equal(first[1], second[1])
-    assert first[2] == second[2]
 
 
 @pytest.mark.parametrize("what", ["bytes", "weights", "state"])

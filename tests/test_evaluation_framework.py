@@ -29,17 +29,16 @@ from dataset_pipeline import ConversationDataset
 from evaluation_framework import (
     CONTEXT_TURNS,
     Settings,
-    Tools,
     choose_replies,
     compare_speakers,
     evaluate_tokenizer,
     held_out_losses,
     listen,
     main,
-    mean_cosine,
 )
 from evaluation_report import FULL, GENERATED, ORIGINAL, SEMANTIC, collect_warnings, model_note, players, show
-from speech_metrics import METRICS, NotMeasurable, Tally
+from speech_metrics import METRICS, Tally
+from spoken_validation import Tools
 from text_tokenizer import ByteTokenizer
 from token_cache import TokenCache
 from training import evaluate_losses
@@ -305,15 +304,6 @@ def test_replies_are_spread_over_conversations_and_their_speaker_was_heard(share
     assert chosen == choose_replies(conversations, len(conversations), seed=0)
     single = dataclasses.replace(conversations[0], turns=conversations[0].turns[:1], speakers=(0,))
     assert choose_replies([single], 5, seed=0) == [(single, 0)]
-
-
-def test_a_missing_voice_gives_its_reason():
-    voice = np.eye(256, dtype=np.float32)[0]
-    assert mean_cosine(voice, [voice, NotMeasurable("short")]) == 1
-    with pytest.raises(NotMeasurable, match="short"):
-        mean_cosine(NotMeasurable("short"), [voice])
-    with pytest.raises(NotMeasurable, match="compare"):
-        mean_cosine(voice, [])
 
 
 def test_texts_of_users_are_escaped_in_the_page():

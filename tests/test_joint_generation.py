@@ -9,7 +9,8 @@ from dataset_pipeline import in_one_row
 from frames import Turn
 from generation import Conversation, Sampling
 from text_tokenizer import ByteTokenizer, encode_turn, turn_prompt
-from training import TrainConfig, batch_losses, gradient_step, lr_at, make_optimizer, term_weights, weighted_mean
+from training import batch_losses, gradient_step, make_optimizer, weighted_mean
+from training_config import TrainConfig, lr_at, term_weights
 
 TEXT = {0: "hello", 1: "good day"}
 GREEDY = Sampling(temperature=0, text_temperature=0, max_seconds=2.0)

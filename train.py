@@ -1,0 +1,203 @@
+"""Train the speech model: from scratch, from csm-1b or from a checkpoint; on one CPU or on many GPUs.
+
+    python train.py --model_size nano --max_steps 5000
+    torchrun --nproc_per_node 4 train.py --model_size tiny
+    torchrun --nproc_per_node 8 train.py --model_size small --parallel fsdp
+    python train.py --init_from sesame/csm-1b --tokenizer kyutai/mimi --lora_rank 16
+
+Stopping at any moment (Ctrl-C, kill -9) loses at most the steps since the last training state; the same command goes
+on and ends with the same weights as a run that was never stopped. Settings not given come from the recipe of the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from architecture import CSM
+from audio_tokenizer import AudioTokenizer
+from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
+from dataset_pipeline import ConversationDataset
+from fine_tuning import add_lora, start_from
+from model_sizes import PRESETS, CSMConfig
+from ranks import Ranks, join_ranks, pick_device
+from run_folder import read_metrics
+from rvq_tokenizer import load_tokenizer
+from spoken_validation import SpokenValidation
+from text_tokenizer import load_text_tokenizer
+from token_cache import TokenCache
+from training import choose_bf16, train
+from training_config import HELP, TrainConfig, mixture, recipe
+from training_start import check_disk, check_memory, codes_of, new_model, sized
+
+ADDITIONS = {  # fields of a CSMConfig that have a flag
+    "acoustic_delay": "frames after which acoustic codes re-enter the backbone",
+    "cross_attention_every": "backbone layers for one VoiceTextCrossAttention; 0 = none",
+    "semantic_heads": "of the ConversationalMemory; 0 = no such store",
+    "prosodic_heads": "of the ConversationalMemory; 0 = no such store",
+    "text_head": "predict text too",
+}
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog=EXIT_CODES_HELP,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.set_defaults(model_size="nano", init_from="", data=Path("data"), tokenizer=Path("runs/tokenizer"))
+    parser.set_defaults(out=None, lora_rank=0, lora_alpha=0.0, text_tokenizer="", device="auto", precision="auto")
+    parser.set_defaults(threads=0, asr="bundled", wandb="")
+    parser.add_argument("--model_size", choices=list(PRESETS), help="(default: nano)")
+    parser.add_argument(
+        "--init_from", help="weights to begin with: a folder of this project, a file or folder of csm-1b, or a hub name"
+    )
+    parser.add_argument("--lora_rank", type=int, help="learn a change of this rank only (LoRA); 0 = all weights")
+    parser.add_argument("--lora_alpha", type=float, help="of LoRA (default: its rank)")
+    parser.add_argument("--data", type=Path, help="folder of collect_data.py (default: data)")
+    parser.add_argument("--tokenizer", help="of train_tokenizer.py, or kyutai/mimi (default: runs/tokenizer)")
+    parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
+    parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--precision", help="fp32, bf16, or auto: the faster one here (default: auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch, 0 = torch's choice (default: 0)")
+    parser.add_argument(
+        "--asr", help="recogniser of --speak_every: bundled or a faster-whisper model (default: bundled)"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="copy the TensorBoard log to this Weights & Biases project")
+    settings = parser.add_argument_group("settings of the model (default: as the size or the weights have it)")
+    for name, text in ADDITIONS.items():
+        kind = {"action": argparse.BooleanOptionalAction} if name == "text_head" else {"type": int, "metavar": "int"}
+        settings.add_argument(f"--{name}", help=text, **kind)
+    settings = parser.add_argument_group("settings of the training (defaults of nano; other sizes have their recipe)")
+    nano = dataclasses.asdict(TrainConfig(**recipe("nano")))
+    for name, text in HELP.items():
+        default = nano[name]
+        boolean = {"action": argparse.BooleanOptionalAction}
+        kind = boolean if isinstance(default, bool) else {"type": type(default), "metavar": type(default).__name__}
+        settings.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / (args.model_size if not args.init_from else "fine_tuned")
+    return args
+
+
+def settings_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> TrainConfig:
+    """The recipe with what the flags change. ValueError for what cannot work."""
+    given = {name: getattr(args, name) for name in HELP if hasattr(args, name)}
+    settings = {**recipe(args.model_size, bool(args.init_from)), **given}
+    settings.setdefault("min_lr", settings["lr"] / 10)
+    if "lr" in given and "min_lr" not in given:
+        settings["min_lr"] = given["lr"] / 10
+    precision = "bf16" if args.precision == "auto" and settings.get("bf16") else args.precision
+    settings["bf16"] = ranks.from_first(choose_bf16(precision, device, args.out) if ranks.first else None)
+    return TrainConfig(**settings)
+
+
+def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tuple[CSM | CSMConfig, set[str]]:
+    """The model, or from scratch its config only, as it may be too large; and the names of what is new in it."""
+    additions = {name: getattr(args, name) for name in ADDITIONS if hasattr(args, name)}
+    additions |= {"text_tokenizer": args.text_tokenizer} if args.text_tokenizer else {}
+    if not args.init_from:
+        return sized(args.model_size, tokenizer, additions), set()
+    codes = codes_of(tokenizer)
+    model, new = start_from(args.init_from, {**additions, "audio_tokenizer": codes["audio_tokenizer"]}, seed)
+    for name in ("n_codebooks", "codebook_size"):
+        if getattr(model.config, name) != codes[name]:
+            raise ValueError(
+                f"{args.init_from} has {name}={getattr(model.config, name)}, the tokenizer {args.tokenizer} has "
+                f"{codes[name]}; give the --tokenizer it was trained with (csm-1b: kyutai/mimi)"
+            )
+    return model, new
+
+
+def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
+    c = settings_of(args, device, ranks)
+    tokenizer = load_tokenizer(args.tokenizer)
+    cache = TokenCache(args.data, tokenizer)
+    model, new = build(args, tokenizer, c.seed)
+    config = model if isinstance(model, CSMConfig) else model.config
+    text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+    shared = cache, text_tokenizer, config.layout, c.row_positions
+    train_data = ConversationDataset(args.data, "train", *shared, mixture(c, config))
+    val_data = ConversationDataset(args.data, "val", *shared)
+    if not len(train_data):
+        raise ValueError(f"{args.data} holds no training conversations; collect more: python collect_data.py")
+    trained = None
+    if args.lora_rank:
+        if c.parallel == "fsdp" and ranks.n > 1:
+            raise ValueError("--lora_rank works with --parallel ddp only")
+        trained = sum(p.numel() for p in add_lora(model, args.lora_rank, args.lora_alpha, c.seed, new))
+    gib = check_memory(config, c, device, ranks, trained)
+    if isinstance(model, CSMConfig):
+        model = new_model(config, c.seed)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if ranks.first:
+        check_disk(args.out, n_parameters, c)
+        describe(args, c, device, ranks, n_parameters, trained, gib, train_data)
+    spoken = None
+    if c.speak_every and ranks.first:
+        spoken = SpokenValidation(args.data, "val", tokenizer, text_tokenizer, c.speak_texts, c.seed, args.asr)
+    start = {"init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}
+    validation = val_data if len(val_data) else None
+    return train(
+        model, train_data, validation, c, args.out, {"data": cache.fingerprint, **start}, device, ranks, spoken, new
+    )
+
+
+def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | None, gib: float, data) -> None:
+    """One line on what is about to run."""
+    learning = f", {trained / 1e6:.1f}M of them learn" if trained is not None else ""
+    spread = f" ({c.parallel})" if ranks.n > 1 else ""
+    print(
+        f"{args.init_from or args.model_size}: {n / 1e6:.1f}M parameters{learning}; {len(data)} conversations; "
+        f"{c.batch_rows * c.grad_accum} rows of {c.row_positions} positions per step; "
+        f"{'bf16' if c.bf16 else 'fp32'} on {ranks.n} x {device.type}{spread}, about {gib:.1f} GiB each"
+    )
+
+
+def report(folder: Path) -> None:
+    """What came out, in a few lines."""
+    records = read_metrics(folder)
+    first, last = records[0], records[-1]
+    print(f"loss {first['train/loss']:.3f} -> {last['train/loss']:.3f} nats in {last['step'] + 1} steps")
+    for metric, unit in (("val/loss", "nats held out"), ("spoken/wer", "word error rate of free speech")):
+        found = [(record[metric], record["step"] + 1) for record in records if metric in record]
+        if found:
+            print(f"{unit}: {found[0][0]:.3f} -> {found[-1][0]:.3f}, best {min(found)[0]:.3f} at step {min(found)[1]}")
+    print(f"weights {folder}, best ones {folder / 'best'}, picture {folder / 'losses.png'}")
+    print(f"TensorBoard: tensorboard --logdir {folder}; hear it: python demo.py --checkpoint {folder}")
+
+
+def mirror_to_wandb(project: str, folder: Path) -> None:
+    """From now on Weights & Biases copies what goes to TensorBoard."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingRequirement("--wandb needs: pip install wandb") from error
+    wandb.init(project=project, dir=str(folder), name=folder.name, sync_tensorboard=True, resume="allow")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
+    if args.lora_rank and not args.init_from:
+        raise ValueError("--lora_rank changes weights that exist; give them by --init_from")
+    args.lora_alpha = args.lora_alpha or float(args.lora_rank)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with join_ranks(pick_device(args.device)) as (ranks, device), contextlib.ExitStack() as held:
+        if ranks.first:
+            held.enter_context(only_run_in(args.out))
+            if args.wandb:
+                mirror_to_wandb(args.wandb, args.out)
+        code = train_in(args, device, ranks)
+    if code == EXIT_DONE and ranks.first:
+        report(args.out)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,91 @@
+"""What happens before the first step of a training: a model for the tokenizer, and whether memory and disk will do."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from architecture import CSM, parameter_table
+from audio_tokenizer import AudioTokenizer
+from model_sizes import PRESETS, CSMConfig, preset, training_memory
+from ranks import Ranks
+from training_config import TrainConfig
+
+MARGIN = 1.1  # of the estimated memory, for what libraries take
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+IN_USE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def codes_of(tokenizer: AudioTokenizer) -> dict[str, object]:
+    """The fields of a CSMConfig that follow the tokenizer."""
+    c = tokenizer.config
+    fields = {name: getattr(c, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
+    return fields | {"audio_tokenizer": tokenizer.fingerprint()}
+
+
+def new_model(config: CSMConfig, seed: int) -> CSM:
+    """Random weights; the same seed gives the same ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CSM(config)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a training may still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    facts = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    free = 1024 * int(facts["MemAvailable"].split()[0])
+    for limit, used in zip(map(Path, LIMITS), map(Path, IN_USE), strict=True):
+        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+            free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def needed_memory(config: CSMConfig, c: TrainConfig, processes: int, trained: int | None = None) -> float:
+    """Bytes for each of `processes`; `trained` parameters of all learn (None: every one)."""
+    n = parameter_table(config)["total"]
+    rows = max(1, c.batch_rows // processes)
+    memory = training_memory(config, n, rows, c.row_positions, c.depth_share, c.bf16, c.recompute)
+    learnt = 1.0 if trained is None else trained / n
+    states = memory.weights + learnt * (memory.gradients + memory.optimizer)
+    return MARGIN * (states / (processes if c.parallel == "fsdp" else 1) + memory.activations)
+
+
+def check_memory(config: CSMConfig, c: TrainConfig, device: torch.device, ranks: Ranks, trained: int | None) -> float:
+    """GiB that the training will take on each device. ValueError, with the sizes that fit, if there are not so many."""
+    # processes on CPUs of one machine share its memory
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    needed, free = (needed_memory(config, c, ranks.n, trained), free_memory(device))
+    if free is not None and needed * sharing > free:
+        codes = {name: getattr(config, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
+        sizes = {name: dataclasses.replace(size, **codes) for name, size in PRESETS.items() if name != "csm-1b"}
+        fitting = [name for name, size in sizes.items() if needed_memory(size, c, ranks.n) * sharing <= free]
+        raise ValueError(
+            f"this training needs about {needed * sharing / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; with "
+            f"these rows there is room for {', '.join(fitting) or 'no size'}; or lower --batch_rows and "
+            "--row_positions, give --recompute, or share the model over more devices with --parallel fsdp"
+        )
+    return needed / 2**30
+
+
+def check_disk(folder: Path, n_parameters: int, c: TrainConfig) -> None:
+    """OSError if the training states and the weights to export will not fit beside each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".pt", ".safetensors"))
+    needed = 4 * n_parameters * (3 * (c.keep_last + 1) + 2)  # weights and moments; one more while one is written
+    if shutil.disk_usage(folder).free + held < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder} ({needed / 2**30:.1f} GiB are needed)")
+
+
+def sized(name: str, tokenizer: AudioTokenizer, changes: dict[str, object]) -> CSMConfig:
+    """A named size for the codes of a tokenizer, with some fields changed. ValueError for what cannot work."""
+    return preset(name, **{**codes_of(tokenizer), **changes})
