@@ -42,7 +42,7 @@ from cross_attention import (
 )
 from frames import IGNORE, Rows
 from model_sizes import PRESETS, CSMConfig, Memory, frame_cost, inference_memory, preset, training_memory
-from transformer import KVCache, Transformer, rope_frequencies
+from transformer import Allowed, KVCache, Transformer, rope_frequencies
 
 WEIGHTS_KIND = "csm"
 ADDED = ("cross_attention.", "memory.")  # parameters that the published model does not have
@@ -145,7 +145,7 @@ class CSM(nn.Module):
     def hidden(
         self,
         rows: Rows,
-        allowed: Tensor | None = None,
+        allowed: Allowed = None,
         cache: CSMCache | None = None,
         traces: Traces | None = None,
         maps: bool = False,
@@ -220,7 +220,9 @@ class CSM(nn.Module):
         a random share of them. `shown` as in `hidden`. `count_targets` has the counts.
         """
         traces = Traces()
-        states = self.hidden(rows, rows.allowed(), traces=traces, maps=guidance, shown=shown)
+        on_cpu = rows.tokens.device.type == "cpu"  # elsewhere a mask: reading spans would wait for the device
+        allowed = rows.spans() if on_cpu else rows.allowed()
+        states = self.hidden(rows, allowed, traces=traces, maps=guidance, shown=shown)
         states = states.flatten(0, 1)  # (B T, D)
         targets = rows.targets.flatten(0, 1)  # (B T, K + 1)
         codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0])

@@ -54,6 +54,10 @@ class Rows(NamedTuple):
         """One sequence as a batch of one."""
         return Rows(*(tensor[None] for tensor in self))
 
+    def spans(self) -> list[list[int]]:
+        """Of every row of a batch, how long its documents are, one after the other; padding counts as one."""
+        return [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in self.documents]
+
     def allowed(self) -> Tensor:
         """(B, 1, T, T) bool of a batch: which row may attend which, causal and within its document."""
         T = self.documents.size(1)

@@ -47,6 +47,11 @@ class TransformerConfig:
         return self.d_model // self.n_heads
 
 
+# Who attends whom: a (B, 1, T, S) bool mask; or causal within spans of these lengths, which fill each of the B rows;
+# or None, causal over all positions
+Allowed = Tensor | list[list[int]] | None
+
+
 class KVCache:
     """Static keys and values of one stack, filled from the left. Memory is allocated once for `max_positions`."""
 
@@ -96,6 +101,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
+def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], grouped: bool) -> Tensor:
+    """Causal attention within each span of each row: (B, H, T, d), (B, G, T, d) twice -> (B, H, T, d).
+
+    On a CPU the attention over all T positions of a packed row, masked, is most of a small model's training step.
+    """
+    rows = []
+    for row, lengths in zip(zip(*(x.split(1) for x in (q, k, v)), strict=True), spans, strict=True):
+        parts = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
+        heard = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
+        rows.append(torch.cat(heard, dim=2))
+    return torch.cat(rows)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions (arXiv 2305.13245, 2104.09864)."""
 
@@ -108,9 +126,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). `allowed` is a (B, 1, T, S) bool mask, or None for plain causal attention."""
+        """(B, T, D) -> (B, T, D)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, G, T, d)
@@ -120,7 +138,10 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         causal = allowed is None and T == k.size(2) > 1  # one new row may see all rows before it
         grouped = self.n_heads != self.n_kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
+        if isinstance(allowed, list):
+            out = attend_within(q, k, v, allowed, grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -149,7 +170,7 @@ class Block(nn.Module):
         self.dropout = 0.0  # of what attention and feed-forward add, in training
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | None, layer: int
     ) -> Tensor:
         x = x + self.dropped(self.attention(self.attention_norm(x), rope, allowed, cache, layer))
         return x + self.dropped(self.feed_forward(self.feed_forward_norm(x)))
@@ -186,13 +207,13 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        allowed: Tensor | None = None,
+        allowed: Allowed = None,
         cache: KVCache | None = None,
         between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) embeddings at (B or 1, T) positions -> (B, T, D) normed hidden states.
 
-        Without `allowed` attention is causal. With a cache, x continues what the cache holds; several new rows on a
+        With a cache, x continues what the cache holds; several new rows on a
         non-empty cache get their causal mask here. `between` takes number and output of each block and may change it.
         """
         T = x.size(1)

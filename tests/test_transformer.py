@@ -114,3 +114,21 @@ def test_impossible_dimensions_are_refused(changes, message):
     values = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_attention_within_spans_is_attention_under_their_mask(n_kv_heads):
+    stack = Transformer(TransformerConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=n_kv_heads, d_ff=48))
+    x, positions = torch.randn(2, 12, 32), torch.arange(12)[None]
+    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 6, [0] * 9 + [-1] * 3])
+    spans = [[5, 1, 6], [9, 3]]
+    same = documents[:, :, None] == documents[:, None]
+    allowed = (same & torch.ones(12, 12, dtype=torch.bool).tril())[:, None]
+    results = []
+    for rule in (spans, allowed):
+        given = x.clone().requires_grad_()
+        out = stack(given, positions, rule)
+        out.square().sum().backward()
+        results.append((out.detach(), given.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
