@@ -15,6 +15,7 @@ from history_corruption import Corruption
 from model_sizes import CSMConfig
 from parallel import WAYS
 
+MOST_SEEDS = 2**20  # so that seed, step and process together make a seed of torch
 FREE = ("save_every", "eval_every", "keep_last", "speak_every", "parallel", "recompute")  # may change when resuming
 
 
@@ -70,8 +71,10 @@ class TrainConfig:
             raise ValueError(f"depth_share={self.depth_share} must be above 0 and at most 1")
         weights = ("text_weight", "guidance_weight", "memory_weight", "weight_decay", "min_lr")
         for name in (*weights, "warmup", "added_steps", "speak_every"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ValueError(f"seed={self.seed} must be at least 0 and less than {MOST_SEEDS}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
         if self.parallel not in WAYS:
