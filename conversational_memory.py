@@ -159,7 +159,7 @@ def pool(states: Tensor, queries: Tensor, members: Tensor) -> Tensor:
     scores = states @ queries.t() * states.size(-1) ** -0.5  # (B, T, m)
     scores = scores.transpose(1, 2)[:, None].masked_fill(~members[:, :, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1) * members[:, :, None]  # (B, N, m, T)
-    return weights @ states[:, None]
+    return (weights.flatten(1, 2) @ states).unflatten(1, weights.shape[1:3])
 
 
 class MemoryState(NamedTuple):
