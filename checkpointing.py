@@ -128,8 +128,9 @@ def save_state(folder: Path, step: int, state: dict, keep_last: int = 2) -> Path
     path = folder / f"state-{step:08d}.pt"
     with replacing(path) as file:
         torch.save({"format": FORMAT, "step": step, **state}, file)
-    for old in state_files(folder)[:-keep_last]:
-        old.unlink()
+    files = state_files(folder)
+    for old in files[files.index(path) + 1 :] + files[: files.index(path) + 1][:-keep_last]:
+        old.unlink()  # also a later one, which was damaged or it would have been gone on from
     return path
 
 

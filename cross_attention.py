@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frames import Rows
-from transformer import Attention, FeedForward, TransformerConfig, init_matrices, rope_angles, rope_frequencies, rotate
+from transformer import (
+    Attention,
+    FeedForward,
+    TransformerConfig,
+    attend,
+    init_matrices,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+)
 
 POOL = 4  # audio rows; a turn's last rows that fill no pool are not pooled
 
@@ -156,8 +165,7 @@ class Direction(Attention):
             return torch.zeros_like(queries)
         q = self.heads(self.q_proj(queries), query_rope)
         some = allowed.any(dim=-1, keepdim=True)  # (B, 1, q, 1); attention over nothing would be nan
-        grouped = self.n_heads != self.n_kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | ~some, enable_gqa=grouped)
+        out = attend(q, k, v, allowed | ~some)
         return self.o_proj((out * some).transpose(1, 2).reshape(B, n, -1))
 
     def weights(
@@ -211,6 +219,9 @@ class VoiceTextCrossAttention(nn.Module):
         read = self.text(text, text_rope, pools, pool_rope, streams.sees_pools, cache and cache.pools)
         if maps is not None:
             maps.append(self.voice.weights(audio, audio_rope, text, text_rope, streams.sees_text))
+        if cache is None and 0 in (text.size(1), audio.size(1), pools.size(1)):
+            # processes that shard a model must all have a gradient for every parameter, if only 0
+            x = x + 0.0 * sum(parameter.sum() for parameter in self.parameters())
         x = put(x, streams.audio, self.voice_gate.tanh() * heard)
         x = put(x, streams.text, self.text_gate.tanh() * read)
         return x + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(x))

@@ -40,7 +40,7 @@ class Corruption:
 def corrupt(rows: Rows, how: Corruption, codebook_size: int, seeds: Sequence[int]) -> tuple[Rows, Tensor]:
     """(B, T) rows and a seed for each -> rows with other codes in places, and (B, T, K + 1) what is to be embedded.
 
-    Text is never touched, nor are special codes such as the end of turn.
+    Text is never touched, nor are special codes such as the end of turn (csm-1b's is an ordinary frame, which is).
     """
     tokens, shown = rows.tokens.clone(), rows.mask.clone()
     for place, seed in enumerate(seeds):

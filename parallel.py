@@ -6,6 +6,8 @@ Knows nothing of what the model is, only that its `forward` gives the loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def distribute(model: nn.Module, blocks: list[nn.Module], way: str, ranks: Ranks
         return model
     if way == "ddp":
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, find_unused_parameters=True, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, devices, find_unused_parameters=True, broadcast_buffers=False)
     mesh = dist.init_device_mesh(device.type, (ranks.n,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -50,19 +52,25 @@ def begin_moments(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[p] = {"step": torch.zeros((), device=p.device if group["fused"] else "cpu"), **moments}
 
 
+def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors in main memory, one after the other, for the first process (the others get none); all must ask."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor)
+        if ranks.first:
+            gathered[name] = complete.detach().cpu()
+    return gathered
+
+
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     """Weights and moments by name, whole and in main memory, for the first process; all processes must ask."""
-
-    def kept(tensor: Tensor) -> Tensor | None:
-        tensor = whole(tensor)
-        return tensor.detach().cpu() if ranks.first else None
-
-    moments = {
-        name: {key: kept(value) for key, value in optimizer.state[p].items()}
-        for name, p in model.named_parameters()
-        if p in optimizer.state
+    weights = model.state_dict()  # first: after an evaluation this is what makes FSDP put its shards back
+    moments = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    assert len(moments) == len(optimizer.state), "some parameters of the optimizer are not the model's"
+    return {
+        "model": gather(weights, ranks),
+        "moments": {name: gather(of_one, ranks) for name, of_one in moments.items()},
     }
-    return {"model": {name: kept(tensor) for name, tensor in model.state_dict().items()}, "moments": moments}
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict | None, ranks: Ranks, source: str) -> None:

@@ -111,7 +111,18 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is none; give auto, cpu or cuda") from error
+
+
+def use_threads(n: int) -> None:
+    """CPU threads of torch in this process; 0 leaves torch's choice. ValueError for fewer."""
+    if n < 0:
+        raise ValueError(f"threads={n} must be 0 or more")
+    if n:
+        torch.set_num_threads(n)
 
 
 @contextlib.contextmanager
@@ -134,7 +145,5 @@ def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield Ranks(dist.get_rank(), n), device
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), n), device
+    dist.destroy_process_group()  # not after an error: the others may wait for this process, and the reason be unsaid

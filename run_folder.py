@@ -24,10 +24,14 @@ PANELS = 3  # of a picture, side by side
 def describe_environment() -> dict:
     """What a result needs to be repeated: command, commit, versions, hardware."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:
+        commit = ""  # no git here
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
@@ -87,15 +91,26 @@ def read_settings(folder: Path) -> dict | None:
 
 
 def refuse_other_settings(folder: Path, settings: dict) -> None:
-    """ValueError if the run in `folder` was started with other settings than these."""
+    """ValueError if the run in `folder` was started with other settings than these; it names the first one."""
     previous = read_settings(folder)
-    for name, value in settings.items() if previous else ():
-        before = previous.get(name)
-        if before != json.loads(json.dumps(value, default=str)):
+    if previous is None:
+        return
+    before = by_name({name: previous.get(name) for name in settings})
+    now = by_name(json.loads(json.dumps(settings, default=str)))
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
             raise ValueError(
-                f"the run in {folder} was started with {name}={before}, now it is {value}; "
+                f"the run in {folder} was started with {name}={before.get(name)}, now it is {now.get(name)}; "
                 "give the same value to go on, or another --out to start anew"
             )
+
+
+def by_name(settings: dict) -> dict:
+    """Settings of groups under group.name."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def plot_metrics(folder: Path, groups: dict[str, list[str]], path: Path) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
+import uuid
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_ru
 from dataset_pipeline import ConversationDataset
 from fine_tuning import add_lora, start_from
 from model_sizes import PRESETS, CSMConfig
-from ranks import Ranks, join_ranks, pick_device
+from ranks import Ranks, join_ranks, pick_device, use_threads
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from spoken_validation import SpokenValidation
@@ -50,7 +52,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         argument_default=argparse.SUPPRESS,
     )
     parser.set_defaults(model_size="nano", init_from="", data=Path("data"), tokenizer=Path("runs/tokenizer"))
-    parser.set_defaults(out=None, lora_rank=0, lora_alpha=0.0, text_tokenizer="", device="auto", precision="auto")
+    parser.set_defaults(out=None, lora_rank=0, lora_alpha=None, text_tokenizer="", device="auto", precision="auto")
     parser.set_defaults(threads=0, asr="bundled", wandb="")
     parser.add_argument("--model_size", choices=list(PRESETS), help="(default: nano)")
     parser.add_argument(
@@ -63,7 +65,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--precision", help="fp32, bf16, or auto: the faster one here (default: auto)")
+    parser.add_argument("--precision", help="fp32, bf16, or auto: bf16 from tiny on, else the faster (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch, 0 = torch's choice (default: 0)")
     parser.add_argument(
         "--asr", help="recogniser of --speak_every: bundled or a faster-whisper model (default: bundled)"
@@ -82,6 +84,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         settings.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (args.model_size if not args.init_from else "fine_tuned")
+    args.lora_alpha = float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha
     return args
 
 
@@ -89,7 +92,6 @@ def settings_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     """The recipe with what the flags change. ValueError for what cannot work."""
     given = {name: getattr(args, name) for name in HELP if hasattr(args, name)}
     settings = {**recipe(args.model_size, bool(args.init_from)), **given}
-    settings.setdefault("min_lr", settings["lr"] / 10)
     if "lr" in given and "min_lr" not in given:
         settings["min_lr"] = given["lr"] / 10
     precision = "bf16" if args.precision == "auto" and settings.get("bf16") else args.precision
@@ -121,11 +123,20 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
     model, new = build(args, tokenizer, c.seed)
     config = model if isinstance(model, CSMConfig) else model.config
     text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+    if text_tokenizer.vocab_size > config.text_vocab_size:
+        if args.init_from:
+            raise ValueError(
+                f"{args.init_from} knows {config.text_vocab_size} text ids, the tokenizer {config.text_tokenizer} has "
+                f"{text_tokenizer.vocab_size}; give the --text_tokenizer it was trained with"
+            )
+        model = config = dataclasses.replace(config, text_vocab_size=text_tokenizer.vocab_size)
     shared = cache, text_tokenizer, config.layout, c.row_positions
     train_data = ConversationDataset(args.data, "train", *shared, mixture(c, config))
     val_data = ConversationDataset(args.data, "val", *shared)
     if not len(train_data):
         raise ValueError(f"{args.data} holds no training conversations; collect more: python collect_data.py")
+    if ranks.from_first(cache.fingerprint) != cache.fingerprint:
+        raise ValueError(f"{args.data} of this process is not that of the first one; all need the same files")
     trained = None
     if args.lora_rank:
         if c.parallel == "fsdp" and ranks.n > 1:
@@ -136,16 +147,15 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
         model = new_model(config, c.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
     if ranks.first:
-        check_disk(args.out, n_parameters, c)
+        check_disk(args.out, n_parameters, trained, c)
         describe(args, c, device, ranks, n_parameters, trained, gib, train_data)
     spoken = None
     if c.speak_every and ranks.first:
         spoken = SpokenValidation(args.data, "val", tokenizer, text_tokenizer, c.speak_texts, c.seed, args.asr)
-    start = {"init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}
-    validation = val_data if len(val_data) else None
-    return train(
-        model, train_data, validation, c, args.out, {"data": cache.fingerprint, **start}, device, ranks, spoken, new
-    )
+    if args.wandb and ranks.first:
+        mirror_to_wandb(args.wandb, args.out)
+    settings = {"data": cache.fingerprint, "init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}
+    return train(model, train_data, val_data, c, args.out, settings, device, ranks, spoken, new)
 
 
 def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | None, gib: float, data) -> None:
@@ -162,37 +172,48 @@ def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | 
 def report(folder: Path) -> None:
     """What came out, in a few lines."""
     records = read_metrics(folder)
+    if not records:
+        print(f"{folder} holds weights but no log of their training")
+        return
     first, last = records[0], records[-1]
     print(f"loss {first['train/loss']:.3f} -> {last['train/loss']:.3f} nats in {last['step'] + 1} steps")
     for metric, unit in (("val/loss", "nats held out"), ("spoken/wer", "word error rate of free speech")):
         found = [(record[metric], record["step"] + 1) for record in records if metric in record]
         if found:
             print(f"{unit}: {found[0][0]:.3f} -> {found[-1][0]:.3f}, best {min(found)[0]:.3f} at step {min(found)[1]}")
-    print(f"weights {folder}, best ones {folder / 'best'}, picture {folder / 'losses.png'}")
+    best = f", best ones {folder / 'best'}" if (folder / "best").is_dir() else ""
+    print(f"weights {folder}{best}, picture {folder / 'losses.png'}")
     print(f"TensorBoard: tensorboard --logdir {folder}; hear it: python demo.py --checkpoint {folder}")
 
 
 def mirror_to_wandb(project: str, folder: Path) -> None:
-    """From now on Weights & Biases copies what goes to TensorBoard."""
+    """From now on Weights & Biases copies what goes to TensorBoard; a resumed run goes on there too."""
     try:
         import wandb
     except ImportError as error:
         raise MissingRequirement("--wandb needs: pip install wandb") from error
-    wandb.init(project=project, dir=str(folder), name=folder.name, sync_tensorboard=True, resume="allow")
+    name = folder / "wandb-id"
+    if not name.is_file():
+        name.write_text(uuid.uuid4().hex)
+    settings = {"project": project, "dir": str(folder), "name": folder.name, "id": name.read_text(), "resume": "allow"}
+    try:
+        wandb.init(**settings, sync_tensorboard=True)
+    except Exception as error:  # its client raises types of its own and of its transport
+        raise MissingRequirement(f"Weights & Biases refused: {str(error).splitlines()[0]}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     if args.lora_rank and not args.init_from:
         raise ValueError("--lora_rank changes weights that exist; give them by --init_from")
-    args.lora_alpha = args.lora_alpha or float(args.lora_rank)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.init_from and Path(args.init_from).resolve() == args.out.resolve():
+        raise ValueError(f"--init_from and --out are both {args.out}; give another --out")
+    if not 0 < args.lora_alpha < math.inf and args.lora_rank:
+        raise ValueError(f"lora_alpha={args.lora_alpha} must be above 0 and finite")
+    use_threads(args.threads)
     with join_ranks(pick_device(args.device)) as (ranks, device), contextlib.ExitStack() as held:
         if ranks.first:
             held.enter_context(only_run_in(args.out))
-            if args.wandb:
-                mirror_to_wandb(args.wandb, args.out)
         code = train_in(args, device, ranks)
     if code == EXIT_DONE and ranks.first:
         report(args.out)

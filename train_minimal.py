@@ -13,6 +13,7 @@ import torch
 
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from dataset_pipeline import ConversationDataset
+from ranks import use_threads
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
@@ -56,8 +57,7 @@ def print_summary(folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     device = torch.device("cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     bf16 = choose_bf16(args.precision, device, args.out)
     config = TrainConfig(max_steps=args.max_steps, seed=args.seed, bf16=bf16)
     with only_run_in(args.out):

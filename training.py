@@ -2,7 +2,7 @@
 
 One visible function: rate, micro-batches, clip, checks, update, log, then evaluate, let it speak and save when due.
 Batches, all random draws and the schedule are pure functions of (seed, step), so training state is weights, optimizer,
-step, and N processes take the steps of one.
+step, and N processes take the steps of one (but for dropout, which each draws for itself).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from architecture import CSM, WEIGHTS_KIND, Terms, count_targets, pick_depth_rows
@@ -27,7 +28,7 @@ from dataset_pipeline import ConversationDataset
 from fine_tuning import merged_state
 from frames import Rows
 from history_corruption import Corruption, corrupt
-from parallel import begin_moments, distribute, restore, training_state, whole
+from parallel import begin_moments, distribute, gather, restore, training_state, whole
 from ranks import Ranks
 from run_folder import RunLog, read_settings, refuse_other_settings
 from spoken_validation import SpokenValidation
@@ -82,7 +83,7 @@ def choose_bf16(precision: str, device: torch.device, folder: Path) -> bool:
     previous = read_settings(folder)
     if precision != "auto":
         return precision == "bf16"
-    if previous is not None:
+    if previous is not None and "bf16" in previous.get("train", {}):
         return previous["train"]["bf16"]
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
@@ -178,7 +179,7 @@ def gradient_step(
 def refuse_update(sums: Terms, counts: Terms, grad_norm: Tensor, n_codes: int) -> None:
     """FloatingPointError if the gradient is not finite or the loss is twice that of guessing all codes."""
     audio = weighted_mean(sums, counts, Terms(1.0, 1.0, 0.0, 0.0, 0.0))
-    norm, nats = torch.stack((grad_norm, audio.to(grad_norm))).tolist()  # the one wait for the device in a step
+    norm, nats = torch.stack((grad_norm, audio.to(grad_norm))).tolist()  # waits for the device
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}; stopped before the update, lower --lr")
     if nats > 4 * math.log(n_codes):
@@ -261,16 +262,18 @@ def validate(
     """What is due after `done` steps; with pictures and audio to TensorBoard."""
     values: dict[str, float] = {}
     at_end = done == c.max_steps
-    if val_data is not None and (at_end or done % c.eval_every == 0):
-        values |= held_out_values(evaluate_losses(run.model, val_data, run.device, c.eval_rows))
+    if val_data is not None and len(val_data) and (at_end or done % c.eval_every == 0):
+        with parametrize.cached():
+            values |= held_out_values(evaluate_losses(run.model, val_data, run.device, c.eval_rows))
         values |= gate_values(run.model)
         if log is not None and not sharded(c, run.ranks):
             for name, figure in attention_figures(run.model, val_data, run.device):
-                log.tensorboard.add_figure(name, figure, done)  # closes the figure
+                log.tensorboard.add_figure(name, figure, done - 1)  # closes the figure
     if spoken is not None and log is not None and (at_end or done % c.speak_every == 0):
-        heard = spoken.measure(run.model)
+        with parametrize.cached():
+            heard = spoken.measure(run.model)
         values |= heard.values
-        log.speech(done, heard.clips, heard.lines)
+        log.speech(done - 1, heard.clips, heard.lines)
     return values
 
 
@@ -313,9 +316,9 @@ def train(
         stopped = take_steps(run, start, train_data, val_data, c, folder, spoken, log, stop)
     if stopped:
         return stop.exit_code or EXIT_SIGTERM
-    export(model, folder, ranks)
     if ranks.first:
         plot_training(folder, model.config.n_codebooks)
+    export(model, folder, ranks)
     return EXIT_DONE
 
 
@@ -363,7 +366,7 @@ def take_steps(
     stop: StopSignals,
 ) -> bool:
     """Steps from `start` to the last one; whether a signal came, in any process, and was answered by saving."""
-    best, ranks = Best(folder), run.ranks
+    best, ranks = Best(folder, c), run.ranks
     steps = range(start, c.max_steps)
     bar = tqdm(steps, initial=start, total=c.max_steps, desc="training", unit="step", disable=log is None)
     for step in bar:
@@ -373,9 +376,10 @@ def take_steps(
         if log is not None:
             log.scalars(step, values)
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", codebook0=f"{values['train/codebook0']:.3f}")
-        if best.is_judged(done, c) and ranks.from_first(best.is_beaten(values, c)):
+        if best.is_judged(done, c) and ranks.from_first(best.is_beaten(values)):
             export(run.model, folder / "best", ranks)
-            best.keep(done, values, c, ranks)
+            if log is not None:
+                best.keep(done, values)
         stopped = ranks.any(stop.received is not None)
         if done % c.save_every == 0 or done == c.max_steps or stopped:
             state = training_state(run.model, run.optimizer, ranks)
@@ -413,35 +417,36 @@ def take_step(run: Training, step: int, train_data: ConversationDataset, c: Trai
 
 
 class Best:
-    """The best weights so far in `best/`: by free-running word errors where they are measured, else held-out loss."""
+    """The best weights so far, in `best/`: by free-running word errors where they are measured, then held-out loss."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, c: TrainConfig):
         self.path = folder / "best" / "best.json"
-        self.value = math.inf
+        self.metrics = ["spoken/wer", "val/loss"] if c.speak_every else ["val/loss"]
+        self.every = c.speak_every or c.eval_every
+        self.values = [math.inf] * len(self.metrics)
         if self.path.is_file() and (folder / "best" / WEIGHTS).is_file():
-            self.value = json.loads(self.path.read_text(encoding="utf-8"))["value"]
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            if list(record["values"]) == self.metrics:  # else the run was judged in another way until now
+                self.values = list(record["values"].values())
 
-    @staticmethod
-    def judge(c: TrainConfig) -> str:
-        return "spoken/wer" if c.speak_every else "val/loss"
+    def is_judged(self, done: int, c: TrainConfig) -> bool:
+        return done == c.max_steps or done % self.every == 0
 
-    @staticmethod
-    def is_judged(done: int, c: TrainConfig) -> bool:
-        return done == c.max_steps or done % (c.speak_every or c.eval_every) == 0
+    def of(self, values: dict[str, float]) -> list[float]:
+        return [values.get(metric, math.inf) for metric in self.metrics]
 
-    def is_beaten(self, values: dict[str, float], c: TrainConfig) -> bool:
-        return values.get(self.judge(c), math.inf) < self.value
+    def is_beaten(self, values: dict[str, float]) -> bool:
+        return self.of(values) < self.values
 
-    def keep(self, step: int, values: dict[str, float], c: TrainConfig, ranks: Ranks) -> None:
+    def keep(self, step: int, values: dict[str, float]) -> None:
         """Say of the weights just written what they are."""
-        if ranks.first:
-            self.value = values[self.judge(c)]
-            record = {"step": step, "metric": self.judge(c), "value": self.value}
-            write_atomically(self.path, (json.dumps(record, indent=2) + "\n").encode())
+        self.values = self.of(values)
+        record = {"step": step, "values": dict(zip(self.metrics, self.values, strict=True))}
+        write_atomically(self.path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def export(model: CSM, folder: Path, ranks: Ranks) -> None:
     """Weights for use, whole and with LoRA merged; all processes must ask."""
-    tensors = {name: whole(tensor) for name, tensor in merged_state(model).items()}
+    tensors = gather(merged_state(model), ranks)
     if ranks.first:
         save_weights(folder, WEIGHTS_KIND, model.config.to_dict(), tensors)

@@ -65,8 +65,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if not 0 < self.depth_share <= 1:
             raise ValueError(f"depth_share={self.depth_share} must be above 0 and at most 1")
         weights = ("text_weight", "guidance_weight", "memory_weight", "weight_decay", "min_lr")
@@ -132,7 +132,7 @@ HELP = {
 # 6.7B) with Llama's betas, decay and clip (arXiv 2302.13971, 2.3); a step holds 16 to 64 minutes of speech above nano.
 # History corruption and dropout are for the small sizes, which see little data many times.
 SMALL_DATA = {"dropout": 0.1, "drop_frames": 0.2, "replace_codes": 0.1, "shallow": 0.3}
-OFTEN = {"max_steps": 5000, "warmup": 100, "save_every": 100, "eval_every": 100, "eval_rows": 8}
+OFTEN = {"max_steps": 5000, "warmup": 100, "save_every": 100, "eval_every": 100, "eval_rows": 4}
 LARGE = {"max_steps": 50_000, "warmup": 1000, "row_positions": 2048, "bf16": True, "save_every": 500}
 LARGE |= {"eval_every": 500, "eval_rows": 32, "guidance_steps": 5000}
 RECIPES: dict[str, dict] = {
@@ -143,9 +143,9 @@ RECIPES: dict[str, dict] = {
     "medium": {**LARGE, "lr": 1.2e-4, "min_lr": 1.2e-5, "batch_rows": 8, "grad_accum": 4, "recompute": True},
     "csm-1b": {**LARGE, "lr": 2e-4, "min_lr": 2e-5, "batch_rows": 8, "grad_accum": 2},
 }
-# From pretrained weights: a tenth of the rate, a short run, small batches, no guidance of attention that exists
+# From pretrained weights: a tenth of the rate, a short run, small batches, no guidance (ask for it for new attention)
 FINE_TUNING = {"max_steps": 2000, "warmup": 50, "lr": 2e-5, "min_lr": 2e-6, "batch_rows": 2, "row_positions": 2048}
-FINE_TUNING |= {"save_every": 100, "eval_every": 100, "eval_rows": 8}
+FINE_TUNING |= {"save_every": 100, "eval_every": 100, "eval_rows": 4, "guidance_weight": 0.0}
 
 
 def recipe(size: str, fine_tuning: bool = False) -> dict:

@@ -17,8 +17,10 @@ from ranks import Ranks
 from training_config import TrainConfig
 
 MARGIN = 1.1  # of the estimated memory, for what libraries take
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
-IN_USE = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+CGROUPS = {  # of a container: limit, what is taken, and the part of memory.stat that is a cache of files
+    Path("/sys/fs/cgroup"): ("memory.max", "memory.current", "inactive_file"),
+    Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def codes_of(tokenizer: AudioTokenizer) -> dict[str, object]:
@@ -30,7 +32,7 @@ def codes_of(tokenizer: AudioTokenizer) -> dict[str, object]:
 
 def new_model(config: CSMConfig, seed: int) -> CSM:
     """Random weights; the same seed gives the same ones."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CSM(config)
 
@@ -44,9 +46,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
     facts = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
     free = 1024 * int(facts["MemAvailable"].split()[0])
-    for limit, used in zip(map(Path, LIMITS), map(Path, IN_USE), strict=True):
-        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-            free = min(free, max(0, int(text) - int(used.read_text())))
+    for folder, (limit, used, cache) in CGROUPS.items():
+        if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()).isdigit():
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(stat[cache])  # the cache of files gives way
+            free = min(free, max(0, int(text) - taken))
     return free
 
 
@@ -77,11 +81,13 @@ def check_memory(config: CSMConfig, c: TrainConfig, device: torch.device, ranks:
     return needed / 2**30
 
 
-def check_disk(folder: Path, n_parameters: int, c: TrainConfig) -> None:
+def check_disk(folder: Path, n_parameters: int, trained: int | None, c: TrainConfig) -> None:
     """OSError if the training states and the weights to export will not fit beside each other."""
+    trained = n_parameters if trained is None else trained
     folder.mkdir(parents=True, exist_ok=True)
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".pt", ".safetensors"))
-    needed = 4 * n_parameters * (3 * (c.keep_last + 1) + 2)  # weights and moments; one more while one is written
+    state = 4 * (n_parameters + 2 * trained)  # weights and moments
+    needed = state * (c.keep_last + 1) + 2 * 4 * n_parameters  # one more state while one is written
     if shutil.disk_usage(folder).free + held < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder} ({needed / 2**30:.1f} GiB are needed)")
 

@@ -101,7 +101,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], grouped: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """(B, H, T, d), (B, G, S, d) twice -> (B, H, T, d), each of G shared by H / G query heads."""
+    share = q.size(1) // k.size(1)
+    if share > 1 and mask is not None and q.is_cuda:  # there only a kernel that keeps T x S takes a mask and groups
+        k, v, share = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]]) -> Tensor:
     """Causal attention within each span of each row: (B, H, T, d), (B, G, T, d) twice -> (B, H, T, d).
 
     On a CPU the attention over all T positions of a packed row, masked, is most of a small model's training step.
@@ -109,8 +117,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], group
     rows = []
     for row, lengths in zip(zip(*(x.split(1) for x in (q, k, v)), strict=True), spans, strict=True):
         parts = zip(*(x.split(lengths, dim=2) for x in row), strict=True)
-        heard = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
-        rows.append(torch.cat(heard, dim=2))
+        rows.append(torch.cat([attend(*part, causal=True) for part in parts], dim=2))
     return torch.cat(rows)
 
 
@@ -137,11 +144,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         causal = allowed is None and T == k.size(2) > 1  # one new row may see all rows before it
-        grouped = self.n_heads != self.n_kv_heads
-        if isinstance(allowed, list):
-            out = attend_within(q, k, v, allowed, grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=grouped)
+        spans = isinstance(allowed, list)
+        out = attend_within(q, k, v, allowed) if spans else attend(q, k, v, allowed, causal)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -97,3 +97,10 @@ def test_a_full_disk_is_an_oserror_and_keeps_the_old_file(tmp_path, monkeypatch,
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_later_state_that_was_torn_does_not_push_out_new_ones(tmp_path):
+    (tmp_path / "state-00000004.pt").write_bytes(b"torn")
+    for step in (2, 3):
+        save_state(tmp_path, step, {}, keep_last=1)
+        assert [path.name for path in state_files(tmp_path)] == [f"state-{step:08d}.pt"]

@@ -11,7 +11,7 @@ from test_ranks import is_near, tolerance, torchrun
 import train
 from architecture import CSM, save_model
 from checkpointing import load_state, state_files
-from command_line import EXIT_DONE, run
+from command_line import EXIT_DONE, only_run_in, run
 from parallel import distribute, restore, training_state
 from ranks import Ranks
 from run_folder import read_metrics
@@ -80,7 +80,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, command, alone,
     assert_same_run(tmp_path / way, tmp_path / "on_one")
 
 
-def test_what_ddp_began_fsdp_ends(tmp_path, command, alone):
+def test_what_one_process_began_two_with_shards_end(tmp_path, command, alone):
     goes_on_from(alone, 2, tmp_path / "run")
     done = torchrun("train.py", *command(tmp_path / "run", parallel="fsdp"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -89,8 +89,52 @@ def test_what_ddp_began_fsdp_ends(tmp_path, command, alone):
 
 
 def test_one_process_that_fails_ends_all_with_the_reason(tmp_path, command):
+    """The first one, which alone takes the folder, while the other waits for it."""
+    with only_run_in(tmp_path):
+        done = torchrun("train.py", *command(tmp_path), timeout=120)
+    assert done.returncode != 0 and "error: another run works in" in done.stderr
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path, command):
     done = torchrun("train.py", *command(tmp_path, batch_rows=3), timeout=120)
     assert done.returncode != 0 and "error: batch_rows=3 must be a multiple of the 2 processes" in done.stderr
+
+
+SHARDED = """
+import sys, torch
+sys.path[:0] = ["tests"]
+from conftest import full_config
+from architecture import CSM
+from frames import Rows, Turn
+from parallel import training_state
+from ranks import join_ranks
+from training import begin, batch_losses, gradient_step, pick_depth_rows
+from training_config import TrainConfig
+config = full_config()
+torch.manual_seed(0)
+with join_ranks(torch.device("cpu")) as (ranks, device):
+    c = TrainConfig(batch_rows=2, parallel="fsdp", guidance_weight=0.0)
+    run = begin(CSM(config), c, device, ranks, frozenset())
+    codes = torch.randint(0, 16, (9, 4)) if ranks.first else None  # the other has no audio, so no pools either
+    rows = Rows(*(x[None] for x in config.layout.turn_rows(Turn([1, 65, 66, 2], codes))))
+    for step in range(2):
+        micro = [(rows, pick_depth_rows(rows.targets, 1.0, torch.Generator()))]
+        _, counts, norm = gradient_step(run.model, run.optimizer, micro, c, device, step, ranks, run.loss)
+        assert counts.text == 6 and counts.codebook0 == 10 and norm > 0
+    with torch.no_grad():
+        batch_losses(run.model, *micro[0], device)
+    state = training_state(run.model, run.optimizer, ranks)
+    names = [name for name, _ in run.model.named_parameters()]
+    assert list(state["moments"]) == names and list(state["model"]) == (names if ranks.first else [])
+    assert all(moments["step"] == 2 for moments in state["moments"].values() if moments)
+"""
+
+
+def test_shards_need_no_audio_in_every_process_and_are_saved_whole_after_an_evaluation(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_state_that_does_not_fit_is_refused_by_its_first_tensor():

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import warnings
+import sys
 
 import pytest
 import torch
@@ -11,13 +11,16 @@ from conftest import full_config, tiny_config, tiny_tokenizer
 import demo
 import train
 import training_start
+import transformer
 from architecture import CSM, load_model, save_model
 from checkpointing import state_files
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_STORAGE, run
 from model_sizes import PRESETS
-from run_folder import read_metrics
+from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import save_tokenizer
-from training_config import RECIPES
+from text_tokenizer import ByteTokenizer
+from training import Best
+from training_config import RECIPES, TrainConfig
 
 SHORT = {"max_steps": 4, "batch_rows": 2, "row_positions": 160, "warmup": 2, "save_every": 2, "eval_every": 2}
 SHORT |= {"eval_rows": 1, "precision": "fp32", "device": "cpu", "drop_frames": 0.2, "dropout": 0.1}
@@ -64,7 +67,8 @@ def test_a_run_from_scratch_leaves_everything_and_is_not_run_twice(tmp_path, fla
     assert {"gates", "half_lives", "codebooks_train", "codebooks_val", "spoken"} <= kinds
     best = json.loads((out / "best" / "best.json").read_text())
     heard = {record["step"] + 1: record["spoken/wer"] for record in records if "spoken/wer" in record}
-    assert best["metric"] == "spoken/wer" and best["value"] == min(heard.values()) == heard[best["step"]]
+    assert list(best["values"]) == ["spoken/wer", "val/loss"]
+    assert best["values"]["spoken/wer"] == min(heard.values()) == heard[best["step"]]
     events = b"".join(path.read_bytes() for path in (out / "tensorboard").iterdir())
     assert all(name in events for name in (b"attention/3", b"speech", b"gates/memory", b"train/memory_gib"))
 
@@ -113,20 +117,19 @@ def test_lora_changes_the_matrices_of_the_blocks_only_and_is_exported_merged(tmp
     assert run(train.main, flags(init_from=begin, lora_rank=2, lr=0.01)) == EXIT_DONE  # and resumes
 
 
-def test_training_without_memory_for_activations_learns_the_same(tmp_path, flags, checkpoint):
+def test_training_without_memory_for_activations_learns_the_same(tmp_path, flags, checkpoint, monkeypatch):
     """Dropout is drawn again as it was."""
-    begin = checkpoint()
+    begin, calls, real = checkpoint(), [], transformer.checkpoint
+    monkeypatch.setattr(transformer, "checkpoint", lambda *args, **options: calls.append(1) or real(*args, **options))
     for recompute in ("recompute", "no-recompute"):
         assert run(train.main, [*flags(init_from=begin, out=tmp_path / recompute), f"--{recompute}"]) == EXIT_DONE
+        assert len(calls) == 4 * 4  # steps and blocks
     ours, theirs = (weights(tmp_path / name) for name in ("recompute", "no-recompute"))
     assert all(torch.allclose(tensor, theirs[name], atol=1e-6) for name, tensor in ours.items())
 
 
 def test_weights_that_explode_stop_the_run_and_name_the_conversations(tmp_path, flags, checkpoint, capsys):
     begin = checkpoint()
-    assert run(train.main, flags(init_from=begin, max_steps=2)) == EXIT_DONE
-    out = tmp_path / "run"
-    kept = state_files(out)[-1].read_bytes()
     for factor, reason in ((float("inf"), "the gradient norm is nan"), (1e3, "twice that of guessing")):
         model = load_model(begin)
         with torch.no_grad():
@@ -137,7 +140,6 @@ def test_weights_that_explode_stop_the_run_and_name_the_conversations(tmp_path, 
         assert line.startswith("error: step 0: ") and reason in line
         assert "stopped before the update" in line and "the batch held talk" in line
         assert not state_files(tmp_path / f"broken{factor}")
-    assert state_files(out)[-1].read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,11 @@ def test_weights_that_explode_stop_the_run_and_name_the_conversations(tmp_path, 
         ({"row_positions": 20}, "a row has 20; raise --row_positions"),
         ({"lora_rank": 4}, "--lora_rank changes weights that exist; give them by --init_from"),
         ({"added_steps": 3}, "added_steps=3 needs --init_from with something added to it"),
+        ({"lr": "inf"}, "lr=inf must be above 0 and finite"),
+        ({"lr": "nan"}, "lr=nan must be above 0 and finite"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"threads": -1}, "threads=-1 must be 0 or more"),
+        ({"device": "gpu"}, "device 'gpu' is none; give auto, cpu or cuda"),
         ({"precision": "int8"}, "precision=int8 is not one of auto, fp32, bf16"),
         ({"parallel": "pipeline"}, "parallel=pipeline is not one of ddp, fsdp"),
         ({"drop_frames": 1.0}, "drop_frames=1.0 must be at least 0 and less than 1"),
@@ -161,6 +168,19 @@ def test_what_cannot_work_is_refused_in_one_line(flags, capsys, changes, reason)
     assert run(train.main, flags(**changes)) == EXIT_INPUT
     lines = capsys.readouterr().err.strip().splitlines()
     assert reason in lines[-1] and sum(line.startswith("error: ") for line in lines) == 1
+
+
+def test_weights_are_not_trained_in_their_own_folder_nor_on_more_text_ids_than_they_know(
+    tmp_path, flags, checkpoint, capsys, monkeypatch
+):
+    begin = checkpoint()
+    assert run(train.main, flags(init_from=begin, out=begin)) == EXIT_INPUT
+    assert "--init_from and --out are both" in capsys.readouterr().err
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 300)
+    assert run(train.main, flags(init_from=begin)) == EXIT_INPUT
+    assert "knows 258 text ids, the tokenizer bytes has 300" in capsys.readouterr().err
+    assert run(train.main, flags(max_steps=1, out=tmp_path / "scratch")) == EXIT_DONE
+    assert load_model(tmp_path / "scratch").config.text_vocab_size == 300
 
 
 def test_an_unknown_flag_is_named(flags, capsys):
@@ -196,7 +216,10 @@ def test_a_disk_without_room_for_the_states_is_refused_before_the_first_step(tmp
 
 
 def test_a_missing_recogniser_or_logger_is_said(flags, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    assert run(train.main, flags(speak_every=2)) == EXIT_MISSING
+    assert "faster_whisper not installed" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(train.main, flags(wandb="project")) == EXIT_MISSING
     assert "--wandb needs: pip install wandb" in capsys.readouterr().err
 
@@ -211,24 +234,41 @@ def test_every_recipe_is_a_config_and_a_flag_beats_it():
 
 
 def test_memory_is_estimated_by_what_learns_and_by_how_it_is_shared():
-    c = train.TrainConfig(batch_rows=4)
+    c = TrainConfig(batch_rows=4)
     config = full_config()
     alone = training_start.needed_memory(config, c, 1)
     assert training_start.needed_memory(config, c, 2) < alone
-    sharing = train.TrainConfig(batch_rows=4, parallel="fsdp")
+    sharing = TrainConfig(batch_rows=4, parallel="fsdp")
     assert training_start.needed_memory(config, sharing, 2) < training_start.needed_memory(config, c, 2)
     assert training_start.needed_memory(config, c, 1, trained=0) < alone
     deep = PRESETS["nano"]
-    frugal = train.TrainConfig(batch_rows=4, recompute=True)
+    frugal = TrainConfig(batch_rows=4, recompute=True)
     assert training_start.needed_memory(deep, frugal, 1) < 0.6 * training_start.needed_memory(deep, c, 1)
 
 
-def test_free_memory_is_less_than_what_is_built_in():
+def test_the_memory_of_a_container_counts_without_its_cache_of_files(tmp_path, monkeypatch):
+    (tmp_path / "limit").write_text("1000000\n")
+    (tmp_path / "taken").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\ncache 600000\n")
+    monkeypatch.setattr(training_start, "CGROUPS", {tmp_path: ("limit", "taken", "cache")})
+    if training_start.free_memory(torch.device("cpu")) is not None:  # a system that says how much is free
+        assert training_start.free_memory(torch.device("cpu")) == 900_000
+    (tmp_path / "limit").write_text("max\n")
     free = training_start.free_memory(torch.device("cpu"))
-    if free is None:
-        pytest.skip("this system does not say how much memory is free")
-    assert 2**20 < free < 2**50
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        held = torch.ones(2**28)  # 1 GiB, touched
-        assert training_start.free_memory(torch.device("cpu")) < free - 2**29 or held is None
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_the_log_names_the_commit_or_says_unknown_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert describe_environment()["commit"] == "unknown"
+
+
+def test_best_is_by_ear_then_by_loss_and_starts_anew_when_judged_otherwise(tmp_path):
+    by_ear, by_loss = TrainConfig(speak_every=2), TrainConfig()
+    save_model(CSM(tiny_config()), tmp_path / "best")
+    best = Best(tmp_path, by_ear)
+    best.keep(2, {"spoken/wer": 1.0, "val/loss": 6.0})
+    assert best.is_beaten({"spoken/wer": 1.0, "val/loss": 5.0}) and not best.is_beaten({"spoken/wer": 1.0})
+    assert best.is_beaten({"spoken/wer": 0.9, "val/loss": 7.0})
+    assert not Best(tmp_path, by_ear).is_beaten({"spoken/wer": 1.1, "val/loss": 5.0})
+    assert Best(tmp_path, by_loss).is_beaten({"val/loss": 100.0})

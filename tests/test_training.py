@@ -123,7 +123,7 @@ def test_a_finished_run_is_left_alone(tmp_path, datasets):
 
 def test_another_config_does_not_resume_a_run(tmp_path, datasets):
     train_in(tmp_path, datasets)
-    with pytest.raises(ValueError, match=r"was started with train=.*'lr': 0.001.*another --out"):
+    with pytest.raises(ValueError, match=r"was started with train.lr=0.001, now it is 0.1; .*another --out"):
         train(new_model(), *datasets, TrainConfig(**SHORT, lr=0.1), tmp_path, {}, CPU)
     assert train(new_model(), *datasets, TrainConfig(**{**SHORT, "save_every": 5}), tmp_path, {}, CPU) == EXIT_DONE
 
