@@ -23,7 +23,6 @@ import torch
 from architecture import CSM
 from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
-from dataset_pipeline import ConversationDataset
 from fine_tuning import add_lora, start_from
 from model_sizes import PRESETS, CSMConfig
 from ranks import Ranks, join_ranks, pick_device, use_threads
@@ -33,8 +32,8 @@ from spoken_validation import SpokenValidation
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import choose_bf16, train
-from training_config import HELP, TrainConfig, mixture, recipe
-from training_start import check_disk, check_memory, codes_of, new_model, sized
+from training_config import HELP, TrainConfig, recipe
+from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized
 
 ADDITIONS = {  # fields of a CSMConfig that have a flag
     "acoustic_delay": "frames after which acoustic codes re-enter the backbone",
@@ -104,7 +103,9 @@ def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tup
     additions = {name: getattr(args, name) for name in ADDITIONS if hasattr(args, name)}
     additions |= {"text_tokenizer": args.text_tokenizer} if args.text_tokenizer else {}
     if not args.init_from:
-        return sized(args.model_size, tokenizer, additions), set()
+        config = sized(args.model_size, tokenizer, additions)
+        n_text = max(config.text_vocab_size, load_text_tokenizer(config.text_tokenizer).vocab_size)
+        return dataclasses.replace(config, text_vocab_size=n_text), set()
     codes = codes_of(tokenizer)
     model, new = start_from(args.init_from, {**additions, "audio_tokenizer": codes["audio_tokenizer"]}, seed)
     for name in ("n_codebooks", "codebook_size"):
@@ -113,6 +114,12 @@ def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tup
                 f"{args.init_from} has {name}={getattr(model.config, name)}, the tokenizer {args.tokenizer} has "
                 f"{codes[name]}; give the --tokenizer it was trained with (csm-1b: kyutai/mimi)"
             )
+    n_text = load_text_tokenizer(model.config.text_tokenizer).vocab_size
+    if n_text > model.config.text_vocab_size:
+        raise ValueError(
+            f"{args.init_from} knows {model.config.text_vocab_size} text ids, the tokenizer "
+            f"{model.config.text_tokenizer} has {n_text}; give the --text_tokenizer it was trained with"
+        )
     return model, new
 
 
@@ -122,19 +129,7 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
     cache = TokenCache(args.data, tokenizer)
     model, new = build(args, tokenizer, c.seed)
     config = model if isinstance(model, CSMConfig) else model.config
-    text_tokenizer = load_text_tokenizer(config.text_tokenizer)
-    if text_tokenizer.vocab_size > config.text_vocab_size:
-        if args.init_from:
-            raise ValueError(
-                f"{args.init_from} knows {config.text_vocab_size} text ids, the tokenizer {config.text_tokenizer} has "
-                f"{text_tokenizer.vocab_size}; give the --text_tokenizer it was trained with"
-            )
-        model = config = dataclasses.replace(config, text_vocab_size=text_tokenizer.vocab_size)
-    shared = cache, text_tokenizer, config.layout, c.row_positions
-    train_data = ConversationDataset(args.data, "train", *shared, mixture(c, config))
-    val_data = ConversationDataset(args.data, "val", *shared)
-    if not len(train_data):
-        raise ValueError(f"{args.data} holds no training conversations; collect more: python collect_data.py")
+    train_data, val_data = data_for(config, c, args.data, cache)
     if ranks.from_first(cache.fingerprint) != cache.fingerprint:
         raise ValueError(f"{args.data} of this process is not that of the first one; all need the same files")
     trained = None
@@ -151,7 +146,8 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
         describe(args, c, device, ranks, n_parameters, trained, gib, train_data)
     spoken = None
     if c.speak_every and ranks.first:
-        spoken = SpokenValidation(args.data, "val", tokenizer, text_tokenizer, c.speak_texts, c.seed, args.asr)
+        own = train_data.text_tokenizer
+        spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, args.asr)
     if args.wandb and ranks.first:
         mirror_to_wandb(args.wandb, args.out)
     settings = {"data": cache.fingerprint, "init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}

@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
-from dataset_pipeline import ConversationDataset
 from ranks import use_threads
 from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
-from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import choose_bf16, train
-from training_config import TrainConfig, mixture
-from training_start import new_model, sized
+from training_config import TrainConfig
+from training_start import data_for, new_model, sized
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -64,10 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
         cache = TokenCache(args.data, tokenizer)
         model = new_model(sized("nano", tokenizer, {}), args.seed)
-        text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-        shared = cache, text_tokenizer, model.config.layout, config.row_positions
-        train_data = ConversationDataset(args.data, "train", *shared, mixture(config, model.config))
-        val_data = ConversationDataset(args.data, "val", *shared)
+        train_data, val_data = data_for(model.config, config, args.data, cache)
         settings = {"data": cache.fingerprint}
         done = len(read_metrics(args.out)) >= config.max_steps and (args.out / "model.safetensors").is_file()
         code = train(model, train_data, val_data, config, args.out, settings, device)

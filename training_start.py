@@ -1,4 +1,4 @@
-"""What happens before the first step of a training: a model for the tokenizer, and whether memory and disk will do."""
+"""What happens before the first step of a training: model and data for the tokenizer, checks of memory and disk."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 
 from architecture import CSM, parameter_table
 from audio_tokenizer import AudioTokenizer
+from dataset_pipeline import ConversationDataset
 from model_sizes import PRESETS, CSMConfig, preset, training_memory
 from ranks import Ranks
-from training_config import TrainConfig
+from text_tokenizer import load_text_tokenizer
+from token_cache import TokenCache
+from training_config import TrainConfig, mixture
 
 MARGIN = 1.1  # of the estimated memory, for what libraries take
 CGROUPS = {  # of a container: limit, what is taken, and the part of memory.stat that is a cache of files
@@ -35,6 +38,17 @@ def new_model(config: CSMConfig, seed: int) -> CSM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CSM(config)
+
+
+def data_for(
+    config: CSMConfig, c: TrainConfig, data: Path, cache: TokenCache
+) -> tuple[ConversationDataset, ConversationDataset]:
+    """Training conversations in the mixture of `c`, and held-out ones as they are. ValueError without any to learn."""
+    shared = cache, load_text_tokenizer(config.text_tokenizer), config.layout, c.row_positions
+    train_data = ConversationDataset(data, "train", *shared, mixture(c, config))
+    if not len(train_data):
+        raise ValueError(f"{data} holds no training conversations; collect more: python collect_data.py --out {data}")
+    return train_data, ConversationDataset(data, "val", *shared)
 
 
 def free_memory(device: torch.device) -> int | None:
