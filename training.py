@@ -300,7 +300,7 @@ def train(
     settings that do not fit the model or the processes.
     """
     ranks = ranks or Ranks()
-    check(model, c, spoken, new, ranks)
+    check(model, c, new, ranks)
     settings = {"train": c.identity(), "model": model.config.to_dict(), **settings}
     refuse_other_settings(folder, settings)
     state = load_newest_state(folder) if ranks.first else None
@@ -322,7 +322,7 @@ def train(
     return EXIT_DONE
 
 
-def check(model: CSM, c: TrainConfig, spoken: SpokenValidation | None, new: Set[str], ranks: Ranks) -> None:
+def check(model: CSM, c: TrainConfig, new: Set[str], ranks: Ranks) -> None:
     """ValueError for settings that do not fit the model or the processes."""
     if c.row_positions > model.config.max_positions:
         raise ValueError(
