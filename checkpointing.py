@@ -129,7 +129,8 @@ def save_state(folder: Path, step: int, state: dict, keep_last: int = 2) -> Path
     with replacing(path) as file:
         torch.save({"format": FORMAT, "step": step, **state}, file)
     files = state_files(folder)
-    for old in files[files.index(path) + 1 :] + files[: files.index(path) + 1][:-keep_last]:
+    end = files.index(path) + 1
+    for old in files[:end][:-keep_last] + files[end:]:
         old.unlink()  # also a later one, which was damaged or it would have been gone on from
     return path
 

@@ -62,10 +62,15 @@ def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return gathered
 
 
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state of every parameter, by the parameter's name."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     """Weights and moments by name, whole and in main memory, for the first process; all processes must ask."""
     weights = model.state_dict()  # first: after an evaluation this is what makes FSDP put its shards back
-    moments = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    moments = moments_of(model, optimizer)
     assert len(moments) == len(optimizer.state), "some parameters of the optimizer are not the model's"
     return {
         "model": gather(weights, ranks),
@@ -78,8 +83,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict | No
 
     ValueError names the first tensor that is missing, unknown or misshapen.
     """
-    own = {"model": model.state_dict(), "moments": {}}
-    own["moments"] = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+    own = {"model": model.state_dict(), "moments": moments_of(model, optimizer)}
     reason = ranks.from_first(_misfit(own, state, source) if ranks.first else None)
     if reason:
         raise ValueError(reason)

@@ -146,4 +146,5 @@ def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield Ranks(dist.get_rank(), n), device
+    dist.barrier()  # a process that leaves while another still talks to it can be aborted by Gloo's threads
     dist.destroy_process_group()  # not after an error: the others may wait for this process, and the reason be unsaid

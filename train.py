@@ -31,7 +31,7 @@ from rvq_tokenizer import load_tokenizer
 from spoken_validation import SpokenValidation
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
-from training import choose_bf16, train
+from training import choose_bf16, sharded, train
 from training_config import HELP, TrainConfig, recipe
 from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized
 
@@ -134,7 +134,7 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
         raise ValueError(f"{args.data} of this process is not that of the first one; all need the same files")
     trained = None
     if args.lora_rank:
-        if c.parallel == "fsdp" and ranks.n > 1:
+        if sharded(c, ranks):
             raise ValueError("--lora_rank works with --parallel ddp only")
         trained = sum(p.numel() for p in add_lora(model, args.lora_rank, args.lora_alpha, c.seed, new))
     gib = check_memory(config, c, device, ranks, trained)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from architecture import CSM, Traces
+from conversational_memory import MemoryStore
 from dataset_pipeline import ConversationDataset
 from parallel import whole
 from run_folder import plot_metrics, read_metrics
@@ -19,13 +20,12 @@ SHOWN_ROWS = 400  # of an attention map, along each side
 
 def gate_values(model: CSM) -> dict[str, float]:
     """tanh of every gate (0 = closed) and the half-lives of the memory in seconds, by the names of the log."""
-    values = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
-            values[f"gates/{name}"] = whole(parameter).tanh().item()
-        elif name.endswith("log_half_life"):
-            seconds = whole(parameter).detach().float().exp().tolist()
-            values |= {f"half_lives/{name.removesuffix('.log_half_life')}.{i}": s for i, s in enumerate(seconds)}
+    gates = ((name, parameter) for name, parameter in model.named_parameters() if name.endswith("gate"))
+    values = {f"gates/{name}": whole(parameter).tanh().item() for name, parameter in gates}
+    for name, store in model.named_modules():
+        if isinstance(store, MemoryStore):
+            seconds = whole(store.half_lives()).tolist()
+            values |= {f"half_lives/{name}.{i}": s for i, s in enumerate(seconds)}
     return values
 
 

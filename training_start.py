@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from architecture import CSM, parameter_table
-from audio_tokenizer import AudioTokenizer
+from audio_tokenizer import AudioTokenizer, CodeShape
 from dataset_pipeline import ConversationDataset
 from model_sizes import PRESETS, CSMConfig, preset, training_memory
 from ranks import Ranks
@@ -28,9 +28,12 @@ CGROUPS = {  # of a container: limit, what is taken, and the part of memory.stat
 
 def codes_of(tokenizer: AudioTokenizer) -> dict[str, object]:
     """The fields of a CSMConfig that follow the tokenizer."""
-    c = tokenizer.config
-    fields = {name: getattr(c, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
-    return fields | {"audio_tokenizer": tokenizer.fingerprint()}
+    return shape_of(tokenizer.config) | {"audio_tokenizer": tokenizer.fingerprint()}
+
+
+def shape_of(config: CSMConfig | CodeShape) -> dict[str, int]:
+    """What a model and its tokenizer must have in common."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(CodeShape)}
 
 
 def new_model(config: CSMConfig, seed: int) -> CSM:
@@ -84,8 +87,9 @@ def check_memory(config: CSMConfig, c: TrainConfig, device: torch.device, ranks:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     needed, free = (needed_memory(config, c, ranks.n, trained), free_memory(device))
     if free is not None and needed * sharing > free:
-        codes = {name: getattr(config, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
-        sizes = {name: dataclasses.replace(size, **codes) for name, size in PRESETS.items() if name != "csm-1b"}
+        sizes = {
+            name: dataclasses.replace(size, **shape_of(config)) for name, size in PRESETS.items() if name != "csm-1b"
+        }
         fitting = [name for name, size in sizes.items() if needed_memory(size, c, ranks.n) * sharing <= free]
         raise ValueError(
             f"this training needs about {needed * sharing / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; with "

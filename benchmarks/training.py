@@ -48,6 +48,7 @@ from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import gradient_step, make_optimizer, micro_batch, named_losses
 from training_config import TrainConfig, mixture
+from training_start import sized
 from transformer import TransformerConfig
 from weight_layouts import to_transformers
 
@@ -88,11 +89,10 @@ class Side(NamedTuple):
 def read_work(args: argparse.Namespace) -> dict[str, Work]:
     """Batches of the train split for the published architecture and, if the preset adds to it, for the preset."""
     tokenizer = load_tokenizer(args.tokenizer)
-    cache, t = TokenCache(args.data, tokenizer), tokenizer.config
-    shape = {"n_codebooks": t.n_codebooks, "n_semantic": t.n_semantic, "codebook_size": t.codebook_size}
-    configs = {"ours": preset(args.model_size, **{**shape, **PUBLISHED})}
+    cache = TokenCache(args.data, tokenizer)
+    configs = {"ours": sized(args.model_size, tokenizer, PUBLISHED)}
     if preset(args.model_size) != preset(args.model_size, **WITHOUT_ADDITIONS):
-        configs["ours, with additions"] = preset(args.model_size, **shape)
+        configs["ours, with additions"] = sized(args.model_size, tokenizer, {})
     c, work = train_config(args), {}
     for name, config in configs.items():
         text = load_text_tokenizer(config.text_tokenizer)
