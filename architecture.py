@@ -55,7 +55,7 @@ class Terms(NamedTuple):
     """
 
     codebook0: Tensor  # () nats, over all frames and end-of-turn frames
-    depth: Tensor  # (K - 1,) nats, codebooks 1..K-1 over the amortized share of the frames
+    depth: Tensor  # (K - 1,) nats, codebooks 1..K-1 over the amortized shares of the frames
     text: Tensor  # () nats, over text ids that are not given; 0 without a text head
     guidance: Tensor  # () attention off the diagonal, mean of the cross-attention layers; 0 unless asked for
     memory: Tensor  # () squared error of the prosody that the memory expects of a turn; 0 without a prosodic store
@@ -203,21 +203,30 @@ class CSM(nn.Module):
         return self.projection(torch.cat((hidden[:, None], inputs), dim=1))
 
     def depth_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """(N, D) backbone states, (N, K) true codes -> (N, K - 1, A) logits of codes 1..K-1, teacher-forced."""
-        positions = torch.arange(self.config.n_codebooks, device=codes.device)[None]
+        """(N, D) backbone states, (N, k) true codes -> (N, k - 1, A) logits of codes 1..k-1, teacher-forced."""
+        k = codes.size(1)
+        positions = torch.arange(k, device=codes.device)[None]
         inputs = self.depth_inputs(hidden, codes[:, :-1])
-        states = self.depth(inputs, positions)[:, 1:]  # (N, K - 1, E); position k predicts codebook k
-        return torch.einsum("nke,kea->nka", states, self.depth_heads.to(states.dtype))
+        states = self.depth(inputs, positions)[:, 1:]  # (N, k - 1, E); position i predicts codebook i
+        return torch.einsum("nke,kea->nka", states, self.depth_heads[: k - 1].to(states.dtype))
 
-    def forward(self, rows: Rows, depth_rows: Tensor, guidance: bool = False, shown: Tensor | None = None) -> Terms:
+    def forward(self, rows: Rows, depth_rows: Tensor, *others, **named) -> Terms:
         """The loss, so that wrappers for several processes, which know `forward` only, can hold a model."""
-        return self.loss(rows, depth_rows, guidance, shown)
+        return self.loss(rows, depth_rows, *others, **named)
 
-    def loss(self, rows: Rows, depth_rows: Tensor, guidance: bool = False, shown: Tensor | None = None) -> Terms:
+    def loss(
+        self,
+        rows: Rows,
+        depth_rows: Tensor,
+        guidance: bool = False,
+        shown: Tensor | None = None,
+        semantic_rows: Tensor | None = None,
+    ) -> Terms:
         """Sums of the terms of a batch; `depth_rows` (N,) indexes the B * T rows whose frame the depth decoder learns.
 
         Compute amortization (Sesame, section "Compute amortization"): codebook 0 on every frame, the depth decoder on
-        a random share of them. `shown` as in `hidden`. `count_targets` has the counts.
+        a random share of them. Deviation: of the frames of `semantic_rows` (M,) it learns the semantic codebooks, which
+        carry the words and are a third of the work. `shown` as in `hidden`. `count_targets` has the counts.
         """
         traces = Traces()
         on_cpu = rows.tokens.device.type == "cpu"  # elsewhere a mask: reading spans would wait for the device
@@ -228,18 +237,23 @@ class CSM(nn.Module):
         codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0])
         text = _summed_nats(self.text_logits, states, targets[:, -1]) if self.config.text_head else states.new_zeros(())
 
-        depth_targets = targets[depth_rows, :-1]  # (N, K)
-        logits = self.depth_logits(states[depth_rows], depth_targets.clamp(min=0))
-        nats = F.cross_entropy(
-            logits.float().transpose(1, 2), depth_targets[:, 1:], ignore_index=IGNORE, reduction="none"
-        )  # (N, K - 1)
+        depth = self._depth_nats(states, targets[:, :-1], depth_rows)
+        if semantic_rows is not None and len(semantic_rows):
+            semantic = self._depth_nats(states, targets[:, : self.config.n_semantic], semantic_rows)
+            depth = depth + F.pad(semantic, (0, len(depth) - len(semantic)))
         off_diagonal, error = codebook0.new_zeros(()), codebook0.new_zeros(())
         if guidance and traces.maps:
             parts = [guidance_loss(weights, traces.streams, rows) for weights in traces.maps]
             off_diagonal = torch.stack(parts).mean()
         if traces.expected_prosody is not None:
             error = prosody_loss(traces.expected_prosody, rows, traces.turns)
-        return Terms(codebook0, nats.sum(dim=0), text, off_diagonal, error)
+        return Terms(codebook0, depth, text, off_diagonal, error)
+
+    def _depth_nats(self, states: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """(B T, D) states, (B T, k) targets -> (k - 1,) nats of codebooks 1..k-1, summed over (N,) rows."""
+        codes = targets[rows]  # (N, k)
+        logits = self.depth_logits(states[rows], codes.clamp(min=0)).float().transpose(1, 2)
+        return F.cross_entropy(logits, codes[:, 1:], ignore_index=IGNORE, reduction="none").sum(dim=0)
 
 
 def _summed_nats(head, states: Tensor, targets: Tensor) -> Tensor:
@@ -248,10 +262,14 @@ def _summed_nats(head, states: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(states[live]).float(), targets[live], reduction="sum")
 
 
-def count_targets(rows: Rows, depth_rows: Tensor, guidance: bool = False) -> Terms:
+def count_targets(
+    rows: Rows, depth_rows: Tensor, guidance: bool = False, semantic_rows: Tensor | None = None, n_semantic: int = 1
+) -> Terms:
     """How many targets each term of `CSM.loss` sums over; known before the model runs."""
     live = rows.targets != IGNORE
     depth = live.flatten(0, 1)[depth_rows, 1:-1].sum(dim=0)
+    if semantic_rows is not None:
+        depth[: n_semantic - 1] += live.flatten(0, 1)[semantic_rows, 1:n_semantic].sum(dim=0)
     guided = guided_rows(find_streams(rows), rows).sum() if guidance else torch.tensor(0)
     features = (~prosody_targets(rows, find_turns(rows)).isnan()).sum()
     return Terms(live[..., 0].sum(), depth, live[..., -1].sum(), guided, features)

@@ -201,6 +201,11 @@ class VoiceTextCrossAttention(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         init_matrices(self, residual_scale=1.0)  # the gates hold the residual stream as it was
 
+    def open_gates(self) -> None:
+        """Let it take part from the first step on: in a model without trained weights there is nothing to hold."""
+        for gate in (self.voice_gate, self.text_gate, self.feed_forward_gate):
+            nn.init.ones_(gate)
+
     def forward(
         self,
         x: Tensor,

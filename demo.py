@@ -70,6 +70,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--voice_text", help="what is said in --voice")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + defaults)
+    parser.add_argument("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
     parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + defaults)
     parser.add_argument("--max_seconds", type=float, default=5.0, help="cut a turn that has not ended" + defaults)
     parser.add_argument("--min_seconds", type=float, default=1.5, help="a turn does not end before" + defaults)
@@ -127,7 +128,11 @@ def test_mode(args: argparse.Namespace, model: CSM, tokenizer: AudioTokenizer) -
     """Speak all fixed conversations; rows per conversation."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
     sampling = Sampling(
-        temperature=args.temperature, top_k=args.top_k, max_seconds=args.max_seconds, min_seconds=args.min_seconds
+        temperature=args.temperature,
+        top_k=args.top_k,
+        max_seconds=args.max_seconds,
+        min_seconds=args.min_seconds,
+        codebooks=args.codebooks,
     )
     voice = read_audio(args.voice)[0] if args.voice else None
     results = {}

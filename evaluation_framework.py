@@ -44,7 +44,7 @@ from evaluation_report import (
     save_audio,
     write_report,
 )
-from generation import Reply, check_tokenizer
+from generation import Reply, Sampling, check_tokenizer
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import (
@@ -69,7 +69,7 @@ PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
-REPLY_SECONDS = 8.0  # a generated turn is cut there
+SAMPLING = Sampling(max_seconds=8.0)  # a generated turn is cut there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,7 @@ def speak(
     before = turns[max(0, index - CONTEXT_TURNS) : index]
     context = [(speaker, turn.text, dataset.cache.codes[turn.utt_id]) for speaker, turn in before]
     speaker, turn = turns[index]
-    return speak_after(model, tokenizer, dataset.text_tokenizer, context, speaker, turn.text, REPLY_SECONDS, seed)
+    return speak_after(model, tokenizer, dataset.text_tokenizer, context, speaker, turn.text, SAMPLING, seed)
 
 
 def evaluate_model(

@@ -26,7 +26,7 @@ class Turn(NamedTuple):
     """One turn of a conversation, as ids."""
 
     text_ids: list[int]  # BOS "[speaker]text" EOS
-    codes: Tensor | None  # (T, K) int64 frames of its audio; None: text only, or still to be spoken
+    codes: Tensor | None  # (T, K or fewer) int64 frames of its audio; None: text only, or still to be spoken
     n_prompt: int = 1  # the first ids, which name the speaker and are never generated
     order: str = "speak"
     gap: float = 0.0  # frames of silence before it
@@ -214,10 +214,10 @@ class FrameLayout:
         return codes[..., 0] == self.codebook_size
 
     def check_codes(self, codes: Tensor) -> None:
-        """ValueError unless `codes` is (T, K) with every code in [0, V)."""
+        """ValueError unless `codes` is (T, K), or (T, fewer) of the first codebooks, with every code in [0, V)."""
         K, V = self.n_codebooks, self.codebook_size
-        if codes.ndim != 2 or codes.size(1) != K:
-            raise ValueError(f"codes must be (T, {K}), got {tuple(codes.shape)}")
+        if codes.ndim != 2 or not 1 <= codes.size(1) <= K:
+            raise ValueError(f"codes must be (T, 1..{K}), got {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < V:
             raise ValueError(f"codes must lie in [0, {V}), got {int(codes.min())}..{int(codes.max())}")
 
@@ -242,12 +242,13 @@ class FrameLayout:
         S, K, C = self.n_semantic, self.n_codebooks, self.acoustic_delay
         items = self._empty(stop - start)
         row = torch.arange(start, stop)
-        for low, high, delay in ((0, S, 0), (S, K, C)):
+        k = codes.size(1)  # fewer than K: the first codebooks, the others are not there
+        for low, high, delay in ((0, min(S, k), 0), (S, k, C)):
             live = (row >= delay) & (row < len(codes) + delay)
             items.tokens[live, low:high] = codes[row[live] - delay, low:high]
             items.mask[live, low:high] = True
         inside = row < len(codes)
-        items.wanted[inside, :K] = codes[row[inside]]
+        items.wanted[inside, :k] = codes[row[inside]]
         if n_frames is not None:
             end = (row == n_frames).nonzero().squeeze(1)
             ends = slice(0, K if self.zero_end_of_turn else 1)

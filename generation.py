@@ -39,13 +39,14 @@ class Sampling:
     max_seconds: float = 10.0  # a turn that has not ended by then is cut
     min_seconds: float = 0.0  # no end of turn before; not for csm-1b, whose end is an ordinary frame
     max_text_ids: int = 200  # a text that has not ended by then is cut
+    codebooks: int | None = None  # only the first so many are drawn, heard and fed back; None = all of the model's
 
     def __post_init__(self) -> None:
         for name in ("temperature", "text_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        for name in ("top_k", "text_top_k", "max_text_ids"):
-            if getattr(self, name) < 1:
+        for name in ("top_k", "text_top_k", "max_text_ids", "codebooks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_seconds < 1 / FRAME_RATE:
             raise ValueError(f"max_seconds={self.max_seconds} must be at least one frame, {1 / FRAME_RATE} s")
@@ -65,7 +66,7 @@ class Reply(NamedTuple):
     """One spoken turn."""
 
     samples: np.ndarray  # (N,) float32 at 24 kHz
-    codes: Tensor  # (T, K) int64
+    codes: Tensor  # (T, K) int64, or (T, `Sampling.codebooks`)
     text: str  # what was to be said, given or written by the model
     ended: bool  # False: cut at `max_seconds`
     seconds_to_first_audio: float  # wall time from the request to the first decoded frame; nan when there is none
@@ -100,10 +101,11 @@ class Speaker:
 
     def __init__(self, model: CSM, sampling: Sampling, generator: torch.Generator):
         self.model, self.sampling, self.generator = model, sampling, generator
+        self.n_codebooks = sampling.codebooks or model.config.n_codebooks
         self._caches: dict[int, KVCache] = {}  # of the depth decoder, by number of frames
 
     def first_codes(self, hidden: Tensor, may_end: bool = True) -> Tensor:
-        """(N, D) backbone states -> (N, k) first codes of the next frame: S of them, or all K without a delay.
+        """(N, D) backbone states -> (N, k) first codes of the next frame: S of them, or all without a delay.
 
         Only codebook 0 may take a special code, and only that of the end of turn, if the turn `may_end`; the other
         codes of such a frame are 0.
@@ -112,7 +114,7 @@ class Speaker:
         allowed = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
         logits = self.model.codebook0_head(hidden)[:, :allowed]
         code = draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)[:, None]
-        stop = c.n_semantic if c.acoustic_delay else c.n_codebooks
+        stop = min(c.n_semantic, self.n_codebooks) if c.acoustic_delay else self.n_codebooks
         if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
             return torch.cat((code, code.new_zeros(len(code), stop - 1)), dim=1)
         return self.continue_frames(hidden, code, stop)
@@ -180,15 +182,18 @@ class Conversation:
         acoustic_batch: int | None = None,
     ):
         check_tokenizer(model.config, tokenizer)
+        K = model.config.n_codebooks
+        if sampling is not None and (sampling.codebooks or 1) > K:
+            raise ValueError(f"codebooks={sampling.codebooks} must be at most the model's {K}")
         most = max(1, model.config.acoustic_delay)
         if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
             raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")
         self.model, self.tokenizer, self.text_tokenizer = model, tokenizer, text_tokenizer
         self.layout = model.config.layout
         self.sampling = sampling or Sampling()
-        self.acoustic_batch = acoustic_batch or most
         self.device = next(model.parameters()).device
         self.speaker = Speaker(model, self.sampling, torch.Generator(self.device).manual_seed(seed))
+        self.acoustic_batch = acoustic_batch or (most if self.speaker.n_codebooks > model.config.n_semantic else 1)
         self.cache = CSMCache(model)
         self.clock = Clock()
         self.kept: list[KeptTurn] = []
@@ -422,7 +427,7 @@ class _Frames:
 
     def codes(self) -> Tensor:
         """(n, K) of all frames; the acoustic codes of those that wait are 0 and not read before they are known."""
-        K = self.c.layout.n_codebooks
+        K = self.c.speaker.n_codebooks
         waiting = [torch.nn.functional.pad(codes, (0, K - len(codes))) for codes in self.first[len(self.whole) :]]
         codes = [*self.whole, *waiting]
         return torch.stack(codes).cpu() if codes else torch.empty(0, K, dtype=torch.int64)
@@ -433,7 +438,7 @@ class _Frames:
         with torch.inference_mode():
             if waiting and (all_of_them or waiting >= self.c.acoustic_batch):
                 first = torch.stack(self.first[-waiting:])  # (N, k)
-                codes = self.c.speaker.continue_frames(torch.cat(self.states), first, self.c.layout.n_codebooks)
+                codes = self.c.speaker.continue_frames(torch.cat(self.states), first, self.c.speaker.n_codebooks)
                 self.whole += list(codes)
                 self.states = []
                 samples = self.decoder.push(codes[None])[0].cpu().numpy()

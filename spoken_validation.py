@@ -7,6 +7,7 @@ choosing turns, speaking after others, hearing codes. Knows nothing of batches, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import random
@@ -130,11 +131,10 @@ def speak_after(
     before: Sequence[tuple[int, str, np.ndarray]],
     speaker: int,
     text: str,
-    max_seconds: float,
+    sampling: Sampling,
     seed: int,
 ) -> Reply:
     """`text` as the model speaks it after turns of others or its own: (speaker, text, (T, K) codes) each."""
-    sampling = Sampling(max_seconds=max_seconds)
     conversation = Conversation(model, tokenizer, text_tokenizer, sampling=sampling, seed=seed)
     for other_speaker, other_text, codes in before:
         conversation.add_turn(other_speaker, other_text, codes=torch.from_numpy(codes.astype(np.int64)))
@@ -247,12 +247,15 @@ class SpokenValidation:
         text_tokenizer: TextTokenizer,
         n_texts: int = 8,
         seed: int = 0,
+        codebooks: int | None = None,  # the first so many are drawn and heard; None: all
         asr: str = "bundled",
         max_seconds: float = 10.0,  # longer recorded turns are not chosen
     ):
         if n_texts < 1:
             raise ValueError(f"n_texts={n_texts} must be at least 1")
-        self.tokenizer, self.text_tokenizer, self.seed = tokenizer, text_tokenizer, seed
+        if not 1 <= (codebooks or 1) <= tokenizer.config.n_codebooks:
+            raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
+        self.tokenizer, self.text_tokenizer, self.seed, self.codebooks = tokenizer, text_tokenizer, seed, codebooks
         with torch.random.fork_rng(devices=[]):  # the speaker encoder draws weights before it loads its own
             self.tools = Tools(asr, torch.get_num_threads())
         if self.tools.recognizer is None:
@@ -268,7 +271,7 @@ class SpokenValidation:
         self.texts = [turn.text for turn, _ in self.chosen]
         self.prompts = [(0, prompt.text, cache.codes[prompt.utt_id]) for _, prompt in self.chosen]
         self.prompt_voices = self._voices([hear_codes(tokenizer, [codes]) for _, _, codes in self.prompts])
-        recorded = [hear_codes(tokenizer, [cache.codes[turn.utt_id]]) for turn, _ in self.chosen]
+        recorded = [hear_codes(tokenizer, [cache.codes[turn.utt_id][:, :codebooks]]) for turn, _ in self.chosen]
         self.wer_recorded = word_error_rate(self.texts, self._transcripts(recorded), seed).value
 
     def measure(self, model: CSM) -> Spoken:
@@ -276,14 +279,22 @@ class SpokenValidation:
 
         `values`: spoken/wer with its 95 % interval over texts (wer_low, wer_high), the share of turns that run_away
         (cut at 2 s and twice the recorded turn) or are empty, the similarity of voice and prompt (mean cosine),
-        seconds_per_second of audio, and wer_recorded, the rate of the recorded turns through the tokenizer.
+        seconds_per_second of audio, and wer_recorded, the rate of the recorded turns through as many codebooks.
         """
+        sampling = Sampling(codebooks=self.codebooks)
         was_training = model.training
         model.eval()
         try:
             replies = [
                 speak_after(
-                    model, self.tokenizer, self.text_tokenizer, [before], 0, turn.text, limit(turn), self.seed + number
+                    model,
+                    self.tokenizer,
+                    self.text_tokenizer,
+                    [before],
+                    0,
+                    turn.text,
+                    dataclasses.replace(sampling, max_seconds=limit(turn)),
+                    self.seed + number,
                 )
                 for number, ((turn, _), before) in enumerate(zip(self.chosen, self.prompts, strict=True))
             ]

@@ -147,7 +147,8 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
     spoken = None
     if c.speak_every and ranks.first:
         own = train_data.text_tokenizer
-        spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, args.asr)
+        codebooks = c.speak_codebooks or None
+        spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, codebooks, args.asr)
     if args.wandb and ranks.first:
         mirror_to_wandb(args.wandb, args.out)
     settings = {"data": cache.fingerprint, "init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from checkpointing import load_newest_state, save_state, save_weights, write_ato
 from command_line import EXIT_DONE, EXIT_SIGTERM, StopSignals
 from dataset_pipeline import ConversationDataset
 from fine_tuning import merged_state
-from frames import Rows
+from frames import IGNORE, Rows
 from history_corruption import Corruption, corrupt
 from parallel import begin_moments, distribute, gather, restore, training_state, whole
 from ranks import Ranks
@@ -44,6 +45,7 @@ class Micro(NamedTuple):
     rows: Rows
     depth_rows: Tensor  # (N,) rows the depth decoder learns
     shown: Tensor | None = None  # (B, T, K + 1) what is embedded; None: all that is real
+    semantic_rows: Tensor | None = None  # (M,) rows of which it learns the semantic codebooks only
 
 
 @dataclass
@@ -108,14 +110,20 @@ def micro_batch(dataset: ConversationDataset, index: int, c: TrainConfig, part: 
     first = index * c.batch_rows + (part.start or 0)
     seeds = [2 * (c.seed * 2**32 + first + place) for place in range(len(rows.tokens))]
     T = rows.tokens.size(1)
-    depth_rows = [
-        place * T + pick_depth_rows(rows.targets[place : place + 1], c.depth_share, torch.Generator().manual_seed(seed))
-        for place, seed in enumerate(seeds)
-    ]
+    shares = (c.depth_share, min(1.0, c.depth_share + c.semantic_share))  # the second draw holds the first
+    depth_rows, more = (
+        torch.cat(
+            [
+                place * T + pick_depth_rows(rows.targets[place, None], share, torch.Generator().manual_seed(seed))
+                for place, seed in enumerate(seeds)
+            ]
+        )
+        for share in shares
+    )
     how, shown = c.part(Corruption), None
     if how:
         rows, shown = corrupt(rows, how, dataset.layout.codebook_size, [seed + 1 for seed in seeds])
-    return Micro(rows, torch.cat(depth_rows), shown)
+    return Micro(rows, depth_rows, shown, more[~torch.isin(more, depth_rows)])
 
 
 def batch_losses(
@@ -126,17 +134,25 @@ def batch_losses(
     bf16: bool = False,
     guidance: bool = False,
     shown: Tensor | None = None,
+    semantic_rows: Tensor | None = None,
 ) -> Terms:
     """Summed losses of one batch on `device`."""
-    shown = None if shown is None else shown.to(device, non_blocking=True)
+    others = [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (shown, semantic_rows)]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model(batch.to(device), depth_rows.to(device, non_blocking=True), guidance, shown)
+        return model(batch.to(device), depth_rows.to(device, non_blocking=True), guidance, *others)
 
 
 def weighted_mean(sums: Terms, counts: Terms, weights: Terms) -> Tensor:
-    """The loss: every term's mean over its targets, times its weight; the depth codebooks count as their mean."""
-    means = [total / count.clamp(min=1) for total, count in zip(sums, counts, strict=True)]
-    return sum(weight * mean.mean() for weight, mean in zip(weights, means, strict=True) if weight)
+    """The loss: every term's mean over its targets, times its weight; a single weight of the depth codebooks is that of
+    their mean."""
+    total = sums.codebook0.new_zeros(())
+    for weight, part, count in zip(weights, sums, counts, strict=True):
+        mean = part / count.clamp(min=1)
+        if isinstance(weight, Tensor):
+            total = total + (weight.to(mean) * mean).sum()
+        elif weight:
+            total = total + weight * mean.mean()
+    return total
 
 
 def gradient_step(
@@ -159,13 +175,15 @@ def gradient_step(
     weights = term_weights(step, c, model.config)
     guided = weights.guidance > 0
     micro = [Micro(*each) for each in micro]
-    counts = over_processes(add([count_targets(*each[:2], guided) for each in micro]), ranks, device)
+    S = model.config.n_semantic
+    own = add([count_targets(each.rows, each.depth_rows, guided, each.semantic_rows, S) for each in micro])
+    counts = over_processes(own, ranks, device)
     on_device = Terms(*(count.to(device) for count in counts))
     parts = []
     for index, each in enumerate(micro):
         last = index + 1 == len(micro)
         with contextlib.nullcontext() if last or not hasattr(loss, "no_sync") else loss.no_sync():
-            sums = batch_losses(loss, *each[:2], device, c.bf16, guided, each.shown)
+            sums = batch_losses(loss, *each[:2], device, c.bf16, guided, *each[2:])
             (ranks.n * weighted_mean(sums, on_device, weights)).backward()  # gradients are averaged, counts are of all
         parts.append(Terms(*(part.detach() for part in sums)))
     sums = over_processes(add(parts), ranks, device)
@@ -223,24 +241,36 @@ def evaluate_losses(
 ) -> dict:
     """Teacher-forced nats per target on held-out conversations, depth decoder on every frame.
 
-    Returns {"loss", "c0", "depth": [K - 1 values], "text", "frames"}: c0 + mean(depth), codebook 0, codebooks 1..K-1,
-    text ids (None without a text head), the number of frames. Low values do not prove intelligible speech: free-running
-    generation can still fail.
+    Returns {"loss", "c0", "text_gain", "depth": [K - 1 values], "text", "frames"}: c0 + mean(depth), codebook 0, how
+    many nats higher that is with text of elsewhere, codebooks 1..K-1, text ids (None without a text head), the number
+    of frames. The gain of a model that does not use the text is 0, however low its losses. Low values do not prove
+    intelligible speech: free-running generation can still fail.
     """
     device = torch.device(device)
     was_training = model.training
     model.eval()
-    sums, counts = [], []
+    sums, counts, others = [], [], []
     for row in dataset.plan(seed=0, epoch=0)[:max_rows]:
         batch = dataset.collate([row], seeds=None)
         depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
         sums.append(batch_losses(model, batch, depth_rows, device))
         counts.append(count_targets(batch, depth_rows))
+        others.append(batch_losses(model, with_other_text(batch), depth_rows[:0], device).codebook0)
     model.train(was_training)
     values, frames = named_losses(add(sums), add(counts), "val"), int(add(counts).depth.max())
     depth = [values[f"codebooks_val/{k:02d}"] for k in range(1, model.config.n_codebooks)]
     found = {"loss": values["val/loss"], "c0": values["val/codebook0"], "depth": depth, "frames": frames}
-    return found | {"text": values.get("val/text")}
+    gain = float(sum(others).cpu() / add(counts).codebook0.cpu()) - found["c0"]
+    return found | {"text": values.get("val/text"), "text_gain": gain}
+
+
+def with_other_text(rows: Rows) -> Rows:
+    """(B, T) rows of the same audio with wrong text: the ids behind a turn's first ones, which name the speaker, are
+    moved on by half their number."""
+    tokens, written = rows.tokens.clone(), F.pad(rows.targets[:, :-1, -1] != IGNORE, (1, 0))
+    ids = tokens[..., -1][written]
+    tokens[..., -1][written] = ids.roll(len(ids) // 2)
+    return rows._replace(tokens=tokens)
 
 
 def held_out_values(result: dict) -> dict[str, float]:
@@ -248,7 +278,8 @@ def held_out_values(result: dict) -> dict[str, float]:
     each = {f"codebooks_val/{k:02d}": nats for k, nats in enumerate([result["c0"], *result["depth"]])}
     depth = sum(result["depth"]) / len(result["depth"])
     each |= {} if result["text"] is None else {"val/text": result["text"]}
-    return {"val/loss": result["loss"], "val/codebook0": result["c0"], "val/depth": depth, **each}
+    named = {"val/loss": result["loss"], "val/codebook0": result["c0"], "val/text_gain": result["text_gain"]}
+    return {**named, "val/depth": depth, **each}
 
 
 def validate(

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import torch
+
 from architecture import Terms
 from dataset_pipeline import Mixture
 from history_corruption import Corruption
@@ -34,13 +36,16 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     added_steps: int = 0
     depth_share: float = 1 / 16
+    semantic_share: float = 0.0
     no_context: float = 0.15
     joint: float = 0.3
     listen: float = 0.1
     text_only: float = 0.1
     evict: float = 0.3
     one_speaker: float = 0.0
-    text_weight: float = 0.5
+    semantic_weight: float = 1.0
+    acoustic_weight: float = 1.0
+    text_weight: float = 1.0
     guidance_weight: float = 1.0
     guidance_steps: int = 1000
     memory_weight: float = 0.1
@@ -58,6 +63,7 @@ class TrainConfig:
     eval_rows: int = 2
     speak_every: int = 0
     speak_texts: int = 8
+    speak_codebooks: int = 0
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "batch_rows", "grad_accum", "save_every", "keep_last", "eval_every", "eval_rows")
@@ -69,8 +75,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if not 0 < self.depth_share <= 1:
             raise ValueError(f"depth_share={self.depth_share} must be above 0 and at most 1")
-        weights = ("text_weight", "guidance_weight", "memory_weight", "weight_decay", "min_lr")
-        for name in (*weights, "warmup", "added_steps", "speak_every"):
+        if not 0 <= self.semantic_share <= 1:
+            raise ValueError(f"semantic_share={self.semantic_share} must be at least 0 and at most 1")
+        weights = [name for name in HELP if name.endswith(("_weight", "_decay"))]
+        for name in (*weights, "min_lr", "warmup", "added_steps", "speak_every", "speak_codebooks"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -103,13 +111,16 @@ HELP = {
     "max_grad_norm": "longer gradients are scaled down to it",
     "added_steps": "first steps in which only what was added to --init_from learns, so that its gates open first",
     "depth_share": "of the frames the depth decoder learns in a step (compute amortization); 1 = all",
+    "semantic_share": "of the frames, of which it learns the semantic codebooks beside those",
     "no_context": "share of conversations learnt as single turns",
     "joint": "share of turns with text and audio in chunks; this and the next two need a text head",
     "listen": "share of turns with audio, then text",
     "text_only": "share of turns without their audio",
     "evict": "share of documents whose first turns leave the context; needs a memory",
     "one_speaker": "share of documents with targets in one speaker's turns only",
-    "text_weight": "of the text loss; codebook 0 and the mean of the depth codebooks weigh 1 each",
+    "semantic_weight": "of the mean loss of the semantic codebooks after codebook 0, which weighs 1",
+    "acoustic_weight": "of the mean loss of the acoustic codebooks",
+    "text_weight": "of the text loss",
     "guidance_weight": "of the attention guidance at first; needs cross-attention; 0 = none",
     "guidance_steps": "the guidance weight falls linearly to 0 within so many steps",
     "memory_weight": "of the prosody that the memory should expect",
@@ -126,12 +137,13 @@ HELP = {
     "eval_rows": "packed rows of held-out conversations per evaluation",
     "speak_every": "steps between free-running validations, which need the extra eval; 0 = never",
     "speak_texts": "held-out texts spoken in each",
+    "speak_codebooks": "codebooks that are drawn and heard there; 0 = all",
 }
 
 # Learning rates follow GPT-3 (arXiv 2005.14165, table 2.1: 6e-4 for 125M, 2e-4 for 1.3B, 1.6e-4 for 2.7B, 1.2e-4 for
 # 6.7B) with Llama's betas, decay and clip (arXiv 2302.13971, 2.3); a step holds 16 to 64 minutes of speech above nano.
 # History corruption and dropout are for the small sizes, which see little data many times.
-SMALL_DATA = {"dropout": 0.1, "drop_frames": 0.2, "replace_codes": 0.1, "shallow": 0.3}
+SMALL_DATA = {"dropout": 0.1, "drop_frames": 0.5, "replace_codes": 0.1, "shallow": 0.3, "semantic_share": 0.25}
 OFTEN = {"max_steps": 5000, "warmup": 100, "save_every": 100, "eval_every": 100, "eval_rows": 4}
 LARGE = {"max_steps": 50_000, "warmup": 1000, "row_positions": 2048, "bf16": True, "save_every": 500}
 LARGE |= {"eval_every": 500, "eval_rows": 32, "guidance_steps": 5000}
@@ -169,6 +181,10 @@ def mixture(c: TrainConfig, model: CSMConfig) -> Mixture:
 
 
 def term_weights(step: int, c: TrainConfig, model: CSMConfig) -> Terms:
-    """Weights of the terms of the loss in a step: 1 for codebook 0 and for the mean of the depth codebooks."""
+    """Weights of the terms of the loss in a step; (K - 1,) for the depth codebooks."""
     guidance = c.guidance_weight * max(0.0, 1 - step / c.guidance_steps) if model.cross_layers else 0.0
-    return Terms(1.0, 1.0, c.text_weight * model.text_head, guidance, c.memory_weight * (model.prosodic_heads > 0))
+    K, S = model.n_codebooks, model.n_semantic
+    each = [c.semantic_weight / max(1, S - 1)] * (S - 1) + [c.acoustic_weight / max(1, K - S)] * (K - S)
+    return Terms(
+        1.0, torch.tensor(each), c.text_weight * model.text_head, guidance, c.memory_weight * (model.prosodic_heads > 0)
+    )

@@ -37,10 +37,13 @@ def shape_of(config: CSMConfig | CodeShape) -> dict[str, int]:
 
 
 def new_model(config: CSMConfig, seed: int) -> CSM:
-    """Random weights; the same seed gives the same ones."""
+    """Random weights, the gates of cross-attention open; the same seed gives the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CSM(config)
+        model = CSM(config)
+    for layer in model.cross_attention:
+        layer.open_gates()
+    return model
 
 
 def data_for(

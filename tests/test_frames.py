@@ -270,7 +270,7 @@ def test_a_row_may_attend_the_past_of_its_document_only():
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.zeros(3, K + 1, dtype=torch.int64), r"codes must be \(T, 4\), got \(3, 5\)"),
+        (torch.zeros(3, K + 1, dtype=torch.int64), r"codes must be \(T, 1..4\), got \(3, 5\)"),
         (torch.full((3, K), V), r"codes must lie in \[0, 16\), got 16..16"),
         (torch.full((3, K), -1), r"codes must lie in \[0, 16\), got -1..-1"),
     ],
