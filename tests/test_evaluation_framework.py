@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tools():
-    return Tools("bundled", threads=1)
+    return Tools("bundled")
 
 
 def flags(data: Path, tokenizer: Path, out: Path, *more: str) -> list[str]:

@@ -7,6 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import scipy.signal
+import torch
 from spoken_clips import SENTENCES, other_speaker, speech
 
 from audio import SAMPLE_RATE
@@ -225,3 +226,13 @@ def test_perplexity_tells_a_used_codebook_from_a_collapsed_one():
     assert np.allclose(entropy(np.array([[1, 1, 0], [0, 0, 0]])), [np.log(2), 0])
     with pytest.raises(ValueError, match=r"\[0, 8\)"):
         code_histograms(codes["0"], 8)
+
+
+def test_the_recogniser_leaves_the_threads_of_torch_alone():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Recognizer().transcribe(np.random.default_rng(0).normal(scale=0.1, size=24_000).astype(np.float32))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
