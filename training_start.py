@@ -78,7 +78,8 @@ def needed_memory(config: CSMConfig, c: TrainConfig, processes: int, trained: in
     """Bytes for each of `processes`; `trained` parameters of all learn (None: every one)."""
     n = parameter_table(config)["total"]
     rows = max(1, c.batch_rows // processes)
-    memory = training_memory(config, n, rows, c.row_positions, c.depth_share, c.bf16, c.recompute)
+    share = c.depth_share + c.semantic_share * config.n_semantic / config.n_codebooks
+    memory = training_memory(config, n, rows, c.row_positions, min(1.0, share), c.bf16, c.recompute)
     learnt = 1.0 if trained is None else trained / n
     states = memory.weights + learnt * (memory.gradients + memory.optimizer)
     return MARGIN * (states / (processes if c.parallel == "fsdp" else 1) + memory.activations)

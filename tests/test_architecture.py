@@ -200,6 +200,22 @@ def test_sums_over_counts_are_the_uniform_guess_of_a_model_without_an_opinion():
     assert sums.text.item() == pytest.approx(9 * math.log(258), rel=1e-5)
 
 
+@pytest.mark.parametrize("delay", [0, 3])
+def test_the_semantic_codebooks_of_more_frames_are_learnt_as_if_those_frames_were_picked(delay):
+    model = full_model(acoustic_delay=delay)
+    S, rows = model.config.n_semantic, conversation_rows(model.config)
+    every = every_frame(rows)
+    few, more = every[::3], every[1::3]
+    both = torch.cat((few, more))
+    sums = model.loss(rows, few, semantic_rows=more)
+    counts = count_targets(rows, few, semantic_rows=more, n_semantic=S)
+    for end, picked in ((slice(S - 1), both), (slice(S - 1, None), few)):
+        torch.testing.assert_close(sums.depth[end], model.loss(rows, picked).depth[end])
+        assert torch.equal(counts.depth[end], count_targets(rows, picked).depth[end])
+    assert 1 < S < model.config.n_codebooks
+    assert torch.equal(model.loss(rows, few, semantic_rows=more[:0]).depth, model.loss(rows, few).depth)
+
+
 def test_amortized_losses_are_sums_over_the_picked_frames_only(model):
     rows = conversation_rows(model.config)
     every = every_frame(rows)

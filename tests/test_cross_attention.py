@@ -17,6 +17,7 @@ from cross_attention import (
     take,
 )
 from frames import Clock, Rows, Turn, concatenate
+from training_start import new_model
 from transformer import TransformerConfig, rope_angles
 
 CROSS_ONLY = {"semantic_heads": 0, "prosodic_heads": 0, "text_head": False}
@@ -178,6 +179,14 @@ def test_a_new_model_with_cross_attention_gives_exactly_the_states_of_the_one_wi
     rows = conversation(EVERY_ORDER)
     with torch.inference_mode():
         assert torch.equal(model.hidden(rows, rows.allowed()), plain.hidden(rows, rows.allowed()))
+
+
+def test_in_a_model_trained_from_scratch_its_gates_are_open():
+    model = new_model(full_config(), seed=0)
+    gates = {name: p.item() for name, p in model.named_parameters() if name.endswith("gate")}
+    opened = {name for name, value in gates.items() if value == 1.0}
+    assert opened == {name for name in gates if name.startswith("cross_attention.")}
+    assert len(opened) == 3 * len(model.config.cross_layers) < len(gates)
 
 
 def test_rows_with_nothing_to_attend_get_exactly_zero_and_finite_gradients():

@@ -38,6 +38,18 @@ def test_a_turn_can_be_read_back_from_its_rows(layout):
     assert layout.is_end_of_turn(audio).tolist() == [False] * 5 + [True]
 
 
+@pytest.mark.parametrize("delay", [0, 1, 3])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_codes_of_the_first_codebooks_are_rows_without_the_others(k, delay):
+    turn, layout = some_turn(), delayed(delay)
+    whole, few = layout.turn_rows(turn), layout.turn_rows(turn._replace(codes=turn.codes[:, :k]))
+    there = torch.arange(K + 1) < k
+    there[K] = True
+    assert torch.equal(few.mask, whole.mask & there)
+    assert torch.equal(few.tokens, torch.where(few.mask, whole.tokens, 0))
+    assert torch.equal(few.targets, torch.where(there, whole.targets, IGNORE))
+
+
 @pytest.mark.parametrize("n_frames", [0, 1, 2, 5])
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_a_turn_with_an_acoustic_delay_can_be_read_back_from_its_rows(delay, n_frames):

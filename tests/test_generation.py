@@ -156,6 +156,32 @@ def test_streamed_audio_equals_the_whole_decoded_at_once(talk, tokenizer):
     np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize("codebooks", [1, 2, 3])
+def test_the_first_codebooks_alone_are_drawn_heard_and_fed_back(talk, tokenizer, codebooks, delay):
+    model = full_model(acoustic_delay=delay)
+    few = dataclasses.replace(LASTING, codebooks=codebooks)
+    conversation = talk(few, own=model)
+    conversation.add_turn(0, "hello you", codes=some_codes(5))
+    reply = conversation.speak(1, "and you")
+    assert reply.codes.shape[1] == codebooks and len(reply.codes) >= LASTING.min_frames
+    whole = tokenizer.decode(reply.codes[None])[0].numpy()
+    np.testing.assert_allclose(reply.samples, whole, atol=1e-5)
+    begun = talk(LASTING, own=model)
+    begun.add_turn(0, "hello you", codes=some_codes(5))
+    assert torch.equal(reply.codes[0], begun.speak(1, "and you").codes[0, :codebooks])
+
+    turns, clock = conversation.turns, Clock()  # what it holds of the turn is what training would show of it
+    rows = concatenate(sequence(model, turns, clock))
+    spoken = rows.mask[rows.turns == 1]
+    assert spoken[:, :codebooks].any(dim=0).all() and not spoken[:, codebooks:-1].any()
+    again = talk(few, own=model)
+    for speaker, turn, text in zip((0, 1), turns, ("hello you", "and you"), strict=True):
+        again.add_turn(speaker, text, codes=turn.codes)
+    continued = [each.speak(0, "fine").codes for each in (conversation, again)]
+    assert torch.equal(*continued)
+
+
 @pytest.mark.parametrize("max_text_ids", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("max_seconds", [0.08, 0.32, 0.4, 1.0])
 def test_a_reply_is_what_the_model_holds_likeliest_and_its_rows_are_those_of_training(talk, max_text_ids, max_seconds):
@@ -491,6 +517,7 @@ def test_sampling_follows_temperature_and_top_k():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"text_top_k": 0}, "text_top_k=0 must be at least 1"),
         ({"max_text_ids": 0}, "max_text_ids=0 must be at least 1"),
+        ({"codebooks": 0}, "codebooks=0 must be at least 1"),
         ({"min_seconds": 11}, "min_seconds=11 must lie between 0 and max_seconds=10"),
         ({"max_seconds": 0}, "max_seconds=0 must be at least one frame"),
     ],
@@ -498,6 +525,11 @@ def test_sampling_follows_temperature_and_top_k():
 def test_impossible_sampling_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+
+
+def test_more_codebooks_than_the_model_has_are_refused(talk):
+    with pytest.raises(ValueError, match="codebooks=5 must be at most the model's 4"):
+        talk(Sampling(codebooks=5))
 
 
 def test_a_tokenizer_the_model_does_not_know_is_refused(tokenizer):

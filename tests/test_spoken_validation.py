@@ -59,6 +59,12 @@ def test_the_same_weights_say_the_same_and_training_goes_on_as_if_nothing_was_sa
         assert not torch.is_grad_enabled() and not model.training
 
 
+def test_with_fewer_codebooks_the_first_ones_are_drawn_and_heard(shared_data, tokenizer, validation):
+    fewer = SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=2, codebooks=1)
+    (one, *_), (all_of_them, *_) = (each.measure(tiny_model()).clips for each in (fewer, validation))
+    assert one[0] == all_of_them[0] and not np.array_equal(one[1], all_of_them[1])
+
+
 def test_choosing_and_loading_leave_the_random_state_alone(shared_data, tokenizer, validation):
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -205,3 +211,5 @@ def test_nothing_to_speak_is_one_line(shared_data, tokenizer):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="n_texts=0"):
         SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=0)
+    with pytest.raises(ValueError, match="codebooks=5 must be at most the tokenizer's 4"):
+        SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), codebooks=5)

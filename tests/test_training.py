@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import full_config, tiny_config, write_tiny_data
 
 import demo
@@ -25,7 +26,7 @@ from run_folder import read_metrics
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import ByteTokenizer
 from token_cache import TokenCache
-from training import evaluate_losses, gradient_step, make_optimizer, micro_batch, train, weighted_mean
+from training import evaluate_losses, gradient_step, make_optimizer, micro_batch, train, weighted_mean, with_other_text
 from training_config import TrainConfig, lr_at, mixture, term_weights
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +217,47 @@ def test_attention_guidance_fades_and_terms_without_a_use_weigh_nothing():
         [2, 1.5, 0.02, 0, 0]
     )
     assert term_weights(0, c, FULL)._replace(depth=None) == Terms(1.0, None, 0.3, 2.0, 0.2)
-    assert term_weights(0, c, tiny_config()) == Terms(1.0, 1.0, 0.0, 0.0, 0.0)
+    assert term_weights(0, c, tiny_config())._replace(depth=None) == Terms(1.0, None, 0.0, 0.0, 0.0)
+
+
+def test_semantic_and_acoustic_codebooks_weigh_as_one_each():
+    model = full_config(n_codebooks=6, n_semantic=3)
+    depth = term_weights(0, TrainConfig(semantic_weight=0.5, acoustic_weight=3.0), model).depth
+    assert depth.tolist() == pytest.approx([0.25, 0.25, 1, 1, 1])
+    assert term_weights(0, TrainConfig(), tiny_config(n_codebooks=5)).depth.tolist() == [0.25] * 4
+    sums = Terms(*map(torch.tensor, (6.0, [2.0, 4.0, 1.0, 2.0, 3.0], 0.0, 0.0, 0.0)))
+    counts = Terms(*map(torch.tensor, (3, [2, 2, 1, 1, 1], 0, 0, 0)))
+    assert weighted_mean(sums, counts, Terms(1.0, depth, 1.0, 1.0, 1.0)).item() == pytest.approx(2 + 0.75 + 6)
+
+
+def test_the_depth_decoder_learns_semantic_codebooks_of_other_frames_than_those_it_learns_whole(datasets):
+    shares = {"depth_share": 0.25, "semantic_share": 0.5}
+    micro = micro_batch(datasets[0], 3, TrainConfig(**{**SHORT, **shares}))
+    whole, semantic = set(micro.depth_rows.tolist()), set(micro.semantic_rows.tolist())
+    every = pick_depth_rows(micro.rows.targets, 1.0, torch.Generator())
+    assert not whole & semantic and whole | semantic <= set(every.tolist())
+    assert len(whole) == pytest.approx(0.25 * len(every), abs=2)
+    assert len(semantic) == pytest.approx(0.5 * len(every), abs=2)
+    alone = micro_batch(datasets[0], 3, TrainConfig(**{**SHORT, "depth_share": 0.25}))
+    assert torch.equal(alone.depth_rows, micro.depth_rows) and not len(alone.semantic_rows)
+
+
+def test_wrong_text_leaves_audio_layout_and_speakers_and_is_worth_nothing_to_a_model_that_does_not_read(datasets):
+    rows = datasets[1].collate([datasets[1].plan(seed=0, epoch=0)[0]], seeds=None)
+    other = with_other_text(rows)
+    is_text = rows.mask[..., -1]
+    named = is_text & (F.pad(rows.targets[:, :-1, -1], (1, 0), value=IGNORE) == IGNORE)
+    assert named.any() and torch.equal(other.tokens[named], rows.tokens[named])
+    assert torch.equal(other.tokens[..., :-1], rows.tokens[..., :-1])
+    assert (other.tokens[..., -1] != rows.tokens[..., -1])[is_text & ~named].float().mean() > 0.8
+    torch.testing.assert_close(
+        other.tokens[..., -1][is_text].sort().values, rows.tokens[..., -1][is_text].sort().values
+    )
+    model = new_model()
+    assert abs(evaluate_losses(model, datasets[1])["text_gain"]) > 1e-5
+    with torch.no_grad():
+        model.text_embedding.weight.zero_()
+    assert evaluate_losses(model, datasets[1])["text_gain"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_is_shown_only_what_it_has_a_use_for():
