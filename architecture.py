@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -124,6 +125,32 @@ class CSM(nn.Module):
         self.memory = None
         if c.has_memory:
             self.memory = ConversationalMemory(D, c.semantic_heads, c.prosodic_heads, c.memory_key, c.memory_value)
+
+    @torch.no_grad()
+    def adopt_codes(self, vectors: Sequence[Tensor]) -> None:
+        """Let tables and heads of the codes begin as random projections of the codec's own vectors, K tensors (V, d).
+
+        Codes that sound alike are then alike from the first step on. The scale stays that of the initialisation, special
+        codes keep their values. The semantic codebooks share a projection, the acoustic ones another, as the vectors of
+        a stack add up.
+        """
+        c, V = self.config, self.config.codebook_size
+        D, E = c.backbone.d_model, c.depth.d_model
+        table = self.audio_embedding.weight.view(c.n_codebooks, c.audio_vocab_size, D)
+        for first, last in ((0, c.n_semantic), (c.n_semantic, c.n_codebooks)):
+            books = [book.float() - book.float().mean(dim=0) for book in vectors[first:last]]
+            if not books:
+                continue
+            d = books[0].size(1)
+            spread = torch.stack([book.square().mean() for book in books]).sum().sqrt().clamp(min=1e-6)  # of their sum
+            into, onto, onto0 = torch.randn(d, D), torch.randn(d, E), torch.randn(d, D)
+            for k, book in enumerate(books, start=first):
+                table[k, :V] = 0.02 / math.sqrt(2 * d) * (book / spread) @ into
+                alike = 0.02 / math.sqrt(d) * book / book.std().clamp(min=1e-6)  # (V, d)
+                if k == 0:
+                    self.codebook0_head.weight[:V] = alike @ onto0
+                else:
+                    self.depth_heads[k - 1, :, :V] = (alike @ onto).T
 
     def reset_buffers(self) -> None:
         """Compute the fixed tables anew, after `to_empty` on a model built on the meta device."""

@@ -92,6 +92,9 @@ class Codec(Protocol):
     def decode_end(self, state: Any) -> Tensor:
         """The last (B, delay_samples)."""
 
+    def code_vectors(self) -> list[Tensor]:
+        """What every code of each codebook adds to the latent of its stack, semantic or acoustic: K tensors (V, d)."""
+
 
 class EncoderStream:
     """Codes of a waveform that arrives in pieces of any length; equal to `encode` of the whole.

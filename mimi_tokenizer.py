@@ -69,6 +69,12 @@ class MimiTokenizer(AudioTokenizer):
     def device(self) -> torch.device:
         return self.downsample.conv.weight.device
 
+    def code_vectors(self) -> list[Tensor]:
+        q = self.quantizer
+        stacks = (q.semantic_residual_vector_quantizer, q.acoustic_residual_vector_quantizer)
+        vectors = [layer.codebook.embed.detach() for stack in stacks for layer in stack.layers]
+        return vectors[: self.config.n_codebooks]
+
     def encoder_state(self, batch_size: int) -> State:
         return initial_state(self.encoder_transformer, batch_size)
 

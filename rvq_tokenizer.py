@@ -377,6 +377,9 @@ class RVQTokenizer(AudioTokenizer):
         acoustic = self.acoustic.decode(codes[..., n_semantic:]) if depth else torch.zeros_like(content)
         return self.mix(content, acoustic, depth)
 
+    def code_vectors(self) -> list[Tensor]:
+        return [level.codebook.detach() for stack in (self.semantic, self.acoustic) for level in stack.levels]
+
     def encoder_state(self, batch_size: int) -> EncoderState:
         self.exact = self.exact if self.exact and self.exact.is_of(self) else ExactEncoder(self)
         return self.exact.encoder.initial_state(batch_size)

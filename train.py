@@ -139,7 +139,7 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
         trained = sum(p.numel() for p in add_lora(model, args.lora_rank, args.lora_alpha, c.seed, new))
     gib = check_memory(config, c, device, ranks, trained)
     if isinstance(model, CSMConfig):
-        model = new_model(config, c.seed)
+        model = new_model(config, c.seed, tokenizer)
     n_parameters = sum(p.numel() for p in model.parameters())
     if ranks.first:
         check_disk(args.out, n_parameters, trained, c)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     with only_run_in(args.out):
         tokenizer = load_tokenizer(args.tokenizer)
         cache = TokenCache(args.data, tokenizer)
-        model = new_model(sized("nano", tokenizer, {}), args.seed)
+        model = new_model(sized("nano", tokenizer, {}), args.seed, tokenizer)
         train_data, val_data = data_for(model.config, config, args.data, cache)
         settings = {"data": cache.fingerprint}
         done = len(read_metrics(args.out)) >= config.max_steps and (args.out / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from architecture import CSM, parameter_table
-from audio_tokenizer import AudioTokenizer, CodeShape
+from audio_tokenizer import AudioTokenizer, Codec, CodeShape
 from dataset_pipeline import ConversationDataset
 from model_sizes import PRESETS, CSMConfig, preset, training_memory
 from ranks import Ranks
@@ -36,11 +36,12 @@ def shape_of(config: CSMConfig | CodeShape) -> dict[str, int]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(CodeShape)}
 
 
-def new_model(config: CSMConfig, seed: int) -> CSM:
-    """Random weights, the gates of cross-attention open; the same seed gives the same ones."""
+def new_model(config: CSMConfig, seed: int, tokenizer: Codec) -> CSM:
+    """Random weights that know the tokenizer's codes, the gates of cross-attention open; a seed always gives the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CSM(config)
+        model.adopt_codes([vectors.cpu() for vectors in tokenizer.code_vectors()])
     for layer in model.cross_attention:
         layer.open_gates()
     return model

@@ -25,7 +25,8 @@ from run_folder import describe_environment, read_metrics
 from training_config import HELP
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("val/loss", "val/codebook0", "val/depth", "val/text", "train/loss", "frames_per_s", "memory_gib", "minutes")
+HELD_OUT = ("val/loss", "val/codebook0", "val/text_gain", "val/depth", "val/text")
+COLUMNS = (*HELD_OUT, "train/loss", "frames_per_s", "memory_gib", "minutes")
 
 
 def settings_of(varied: list[str]) -> list[tuple[str, str]]:

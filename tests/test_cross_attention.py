@@ -181,8 +181,8 @@ def test_a_new_model_with_cross_attention_gives_exactly_the_states_of_the_one_wi
         assert torch.equal(model.hidden(rows, rows.allowed()), plain.hidden(rows, rows.allowed()))
 
 
-def test_in_a_model_trained_from_scratch_its_gates_are_open():
-    model = new_model(full_config(), seed=0)
+def test_in_a_model_trained_from_scratch_its_gates_are_open(tokenizer):
+    model = new_model(full_config(), 0, tokenizer)
     gates = {name: p.item() for name, p in model.named_parameters() if name.endswith("gate")}
     opened = {name for name, value in gates.items() if value == 1.0}
     assert opened == {name for name in gates if name.startswith("cross_attention.")}
