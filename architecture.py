@@ -130,9 +130,9 @@ class CSM(nn.Module):
     def adopt_codes(self, vectors: Sequence[Tensor]) -> None:
         """Let tables and heads of the codes begin as random projections of the codec's own vectors, K tensors (V, d).
 
-        Codes that sound alike are then alike from the first step on. The scale stays that of the initialisation, special
-        codes keep their values. The semantic codebooks share a projection, the acoustic ones another, as the vectors of
-        a stack add up.
+        Codes that sound alike are then alike from the first step on. The scale stays that of the initialisation, and
+        special codes keep their values. The semantic codebooks share a projection, the acoustic ones another, as the
+        vectors of a stack add up.
         """
         c, V = self.config, self.config.codebook_size
         D, E = c.backbone.d_model, c.depth.d_model

@@ -37,7 +37,7 @@ def shape_of(config: CSMConfig | CodeShape) -> dict[str, int]:
 
 
 def new_model(config: CSMConfig, seed: int, tokenizer: Codec) -> CSM:
-    """Random weights that know the tokenizer's codes, the gates of cross-attention open; a seed always gives the same."""
+    """Random weights that know the tokenizer's codes, the gates of cross-attention open; a seed gives the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CSM(config)

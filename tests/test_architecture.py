@@ -172,6 +172,42 @@ def test_nano_is_small_beyond_its_embedding_tables():
     assert 10e6 < table["total"] - table["text_embedding"] - table["audio_embedding"] < 15e6
 
 
+def test_a_model_that_adopts_codes_finds_those_alike_that_the_codec_does():
+    config = full_config(n_codebooks=5, n_semantic=2)
+    torch.manual_seed(0)
+    vectors = [scale * torch.randn(16, 8) + 3.0 for scale in (4.0, 2.0, 1.0, 0.5, 0.1)]
+    before, model = CSM(config), CSM(config)
+    special = [p.detach().clone() for p in special_codes(model)]
+    model.adopt_codes(vectors)
+    assert all(torch.equal(*pair) for pair in zip(special, special_codes(model), strict=True))
+
+    table = model.audio_embedding.weight.detach().view(5, -1, config.backbone.d_model)[:, :16]
+    heads = [model.codebook0_head.weight[:16], *(head[:, :16].T for head in model.depth_heads)]
+    for k, own in enumerate(vectors):
+        for ours in (table[k], heads[k].detach()):
+            near = torch.corrcoef(torch.stack([torch.pdist(own), torch.pdist(ours)]))[0, 1]
+            assert near > 0.8, (k, near)
+    for stack in (slice(0, 2), slice(2, 5)):  # sums of a stack's codes are one projection of the sums of its vectors
+        centred = torch.cat([own - own.mean(dim=0) for own in vectors[stack]])
+        solved = torch.linalg.lstsq(centred, torch.cat(list(table[stack]))).solution
+        torch.testing.assert_close(centred @ solved, torch.cat(list(table[stack])), atol=1e-6, rtol=1e-4)
+
+    frames = torch.stack([row[torch.randint(16, (500,))] for row in table]).sum(dim=0)
+    assert frames.std().item() == pytest.approx(0.02, rel=0.3)
+    rows = conversation_rows(config, n_turns=4)
+    for own in (before, model):
+        losses, counts = own.loss(rows, every_frame(rows)), count_targets(rows, every_frame(rows))
+        assert (losses.codebook0 / counts.codebook0).item() == pytest.approx(math.log(17), abs=0.1)
+        assert (losses.depth / counts.depth).tolist() == pytest.approx([math.log(17)] * 4, abs=0.1)
+
+
+def special_codes(model: CSM) -> list[torch.Tensor]:
+    """What belongs to the end of turn in tables and heads."""
+    K, A, V = model.config.n_codebooks, model.config.audio_vocab_size, model.config.codebook_size
+    table = model.audio_embedding.weight.view(K, A, -1)
+    return [part.detach() for part in (table[:, V:], model.codebook0_head.weight[V:], model.depth_heads[..., V:])]
+
+
 @pytest.mark.parametrize("config", [tiny_config(), full_config()], ids=["plain", "full"])
 def test_a_new_model_is_as_unsure_as_it_should_be(config):
     torch.manual_seed(0)

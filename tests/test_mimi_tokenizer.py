@@ -136,6 +136,19 @@ def test_fewer_codebooks_are_the_first_ones(mimi, codec):
     assert few.fingerprint() != codec.fingerprint()
 
 
+def test_code_vectors_add_up_to_the_latents_of_transformers(mimi, codec):
+    codes, S, vectors = some_codes(2, 5), codec.config.n_semantic, codec.code_vectors()
+    assert len(vectors) == codec.config.n_codebooks
+    latents = 0
+    for stack, part in (
+        (mimi.quantizer.semantic_residual_vector_quantizer, range(S)),
+        (mimi.quantizer.acoustic_residual_vector_quantizer, range(S, len(vectors))),
+    ):
+        added = sum(vectors[k][codes[..., k]] for k in part)  # (B, T, d)
+        latents = latents + stack.output_proj(added.transpose(1, 2))
+    torch.testing.assert_close(latents, mimi.quantizer.decode(codes.transpose(1, 2)))
+
+
 def test_items_of_a_batch_do_not_mix(codec):
     waves, codes = noise(3, 5), some_codes(3, 5)
     assert torch.equal(codec.encode(waves), torch.cat([codec.encode(wave[None]) for wave in waves]))

@@ -88,6 +88,15 @@ def test_a_prefix_of_codebooks_is_what_the_model_trains_as_that_depth(tokenizer)
         assert torch.allclose(trained.wave[i : i + 1], used, atol=1e-5)
 
 
+def test_code_vectors_add_up_to_the_latents_of_both_stacks(tokenizer):
+    vectors = tokenizer.code_vectors()
+    codes = torch.randint(0, CONFIG.codebook_size, (2, 3, CONFIG.n_codebooks))
+    S = CONFIG.n_semantic
+    for stack, first, last in ((tokenizer.semantic, 0, S), (tokenizer.acoustic, S, CONFIG.n_codebooks)):
+        added = sum(vectors[k][codes[..., k]] for k in range(first, last))
+        torch.testing.assert_close(added, stack.decode(codes[..., first:last]))
+
+
 def test_training_path_and_use_path_agree_on_codes_and_waveform(tokenizer):
     wave = speechlike(2, 5)
     full = torch.full((2,), CONFIG.n_semantic), torch.full((2,), CONFIG.n_acoustic_codebooks)
