@@ -69,7 +69,8 @@ PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
-SAMPLING = Sampling(max_seconds=8.0)  # a generated turn is cut there
+OF_REPLIES = ("max_replies", "codebooks")  # settings that the tokenizer's part does not depend on
+REPLY_SECONDS = 8.0  # a generated turn is cut there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,13 @@ class Settings:
 
     max_clips: int = 24  # held-out clips that are reconstructed and listened to
     max_replies: int = 8  # held-out turns that the model speaks
+    codebooks: int | None = None  # that it speaks with; None: all
     asr: str = "bundled"
     seed: int = 0  # of the choice of clips, of sampling and of the bootstrap
 
     def __post_init__(self) -> None:
-        for name in ("max_clips", "max_replies"):
-            if getattr(self, name) < 1:
+        for name in ("max_clips", "max_replies", "codebooks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
@@ -280,6 +282,7 @@ def speak(
     dataset: ConversationDataset,
     conversation: Conversation,
     index: int,
+    sampling: Sampling,
     seed: int,
 ) -> Reply:
     """The model's version of one turn, after the real turns before it."""
@@ -287,7 +290,7 @@ def speak(
     before = turns[max(0, index - CONTEXT_TURNS) : index]
     context = [(speaker, turn.text, dataset.cache.codes[turn.utt_id]) for speaker, turn in before]
     speaker, turn = turns[index]
-    return speak_after(model, tokenizer, dataset.text_tokenizer, context, speaker, turn.text, SAMPLING, seed)
+    return speak_after(model, tokenizer, dataset.text_tokenizer, context, speaker, turn.text, sampling, seed)
 
 
 def evaluate_model(
@@ -299,16 +302,18 @@ def evaluate_model(
     tokenizer = tokenizer.to(device)
     losses = held_out_losses(model, dataset, settings.max_clips, device, settings.seed)
     choices = choose_replies(dataset.conversations, settings.max_replies, settings.seed)
+    sampling = Sampling(max_seconds=REPLY_SECONDS, codebooks=settings.codebooks)
     tally, waves, rows = Tally(), [], []
     voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
     for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
-        reply = speak(model, tokenizer, dataset, conversation, index, settings.seed + number)
+        reply = speak(model, tokenizer, dataset, conversation, index, sampling, settings.seed + number)
         turn, speaker = conversation.turns[index], conversation.speakers[index]
         before = range(max(0, index - CONTEXT_TURNS), index)
         codes = {i: dataset.cache.codes[conversation.turns[i].utt_id] for i in (*before, index)}
         own = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] == speaker])
         others = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] != speaker])
-        waves.append({GENERATED: reply.samples, REAL: hear_codes(tokenizer, [codes[index]])})
+        real = hear_codes(tokenizer, [codes[index][:, : settings.codebooks]])
+        waves.append({GENERATED: reply.samples, REAL: real})
         voices.append({"own": own, "others": others})
         time_reply(tally, GENERATED, conversation_of(turn), reply)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "text": turn.text, "seconds": reply.duration}
@@ -376,6 +381,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_replies", type=int, default=defaults.max_replies, help="turns the model speaks (default: %(default)s)"
     )
+    parser.add_argument("--codebooks", type=int, help="it speaks with the first so many of every frame (default: all)")
     parser.add_argument(
         "--asr",
         default=defaults.asr,
@@ -405,7 +411,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     more_clips = load_clips(args.data, "test", CLIPS_FOR_CODES * settings.max_clips, settings.seed)
     clips = random.Random(settings.seed).sample(more_clips, min(settings.max_clips, len(more_clips)))
     tools = Tools(settings.asr)
-    shared = {name: value for name, value in dataclasses.asdict(settings).items() if name != "max_replies"}
+    shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in OF_REPLIES}
     shared |= {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "missing": sorted(tools.missing)}
     shared |= {"data": file_digest(args.data / "shards.jsonl")}
     report = {
@@ -428,7 +434,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
         report["model"] = reuse_or_measure(
             args.out,
             "model",
-            {**shared, **own, "max_replies": settings.max_replies, "steps": steps_of(checkpoint)},
+            {**dataclasses.asdict(settings), **own, "steps": steps_of(checkpoint)},
             lambda audio: evaluate_model(
                 model, tokenizer, held_out(args.data, model, tokenizer), tools, settings, audio
             ),
@@ -451,7 +457,7 @@ def steps_of(checkpoint: Path) -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    settings = Settings(max_clips=args.max_clips, max_replies=args.max_replies, asr=args.asr, seed=args.seed)
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingRequirement(f"device {args.device!r} asked for, but this torch sees no CUDA; use --device cpu")
     torch.set_num_threads(args.threads)

@@ -195,6 +195,12 @@ def word_error_rate(texts: Sequence[str], heard: Sequence[str], seed: int) -> Fi
     return bootstrap([Item(str(number), each.wrong, each.words) for number, each in enumerate(errors)], seed=seed)
 
 
+def character_error_rate(texts: Sequence[str], heard: Sequence[str]) -> float:
+    """Of all texts together. ValueError: one of them has no words."""
+    errors = [count_errors(text, transcript) for text, transcript in zip(texts, heard, strict=True)]
+    return sum(each.character_errors for each in errors) / sum(each.characters for each in errors)
+
+
 def spoken_values(
     texts: Sequence[str],
     heard: Sequence[str],
@@ -217,6 +223,8 @@ def spoken_values(
         "spoken/wer": errors.value,
         "spoken/wer_low": errors.low,
         "spoken/wer_high": errors.high,
+        "spoken/cer": character_error_rate(texts, heard),
+        "spoken/cer_by_chance": character_error_rate(texts, [*heard[1:], heard[0]]) if len(texts) > 1 else None,
         "spoken/run_away": 1 - means["ended"],
         "spoken/empty": sum(reply.duration < EMPTY_SECONDS for reply in replies) / len(replies),
         "spoken/similarity": means.get("speaker_similarity"),
@@ -277,7 +285,8 @@ class SpokenValidation:
     def measure(self, model: CSM) -> Spoken:
         """Let the model speak the texts. The same weights say the same; random state and mode are left as they were.
 
-        `values`: spoken/wer with its 95 % interval over texts (wer_low, wer_high), the share of turns that run_away
+        `values`: spoken/wer with its 95 % interval over texts (wer_low, wer_high), the character error rate (cer) and
+        that of what was heard against the text of another turn (cer_by_chance), the share of turns that run_away
         (cut at 2 s and twice the recorded turn) or are empty, the similarity of voice and prompt (mean cosine),
         seconds_per_second of audio, and wer_recorded, the rate of the recorded turns through as many codebooks.
         """

@@ -97,6 +97,7 @@ def test_shares_rates_and_speed_are_those_of_the_replies():
     replies = [reply(1.0), reply(0.05), reply(4.0, ended=False), reply(1.0, wall=3.0)]
     values = spoken_values(texts, heard, replies)
     assert values["spoken/wer"] == pytest.approx((0 + 4 + 4 + 0) / 15)  # a missing turn is all deletions
+    assert values["spoken/cer"] < values["spoken/cer_by_chance"]
     assert values["spoken/wer_low"] <= values["spoken/wer"] <= values["spoken/wer_high"] <= 4 / 3
     assert values["spoken/run_away"] == 0.25 and values["spoken/empty"] == 0.25
     assert values["spoken/seconds_per_second"] == pytest.approx(6 / 6.05, rel=1e-3)
@@ -106,6 +107,7 @@ def test_shares_rates_and_speed_are_those_of_the_replies():
 def test_silence_has_an_error_rate_but_no_speed_and_babble_exceeds_1():
     silent = spoken_values(["one two three"] * 2, ["", ""], [reply(0), reply(0)])
     assert silent["spoken/wer"] == silent["spoken/empty"] == 1 and "spoken/seconds_per_second" not in silent
+    assert silent["spoken/cer"] == silent["spoken/cer_by_chance"] == 1
     assert spoken_values(["one two three"], ["you know it " * 5], [reply(4, ended=False)])["spoken/wer"] > 1
 
 
@@ -198,7 +200,17 @@ def test_a_missing_recogniser_says_what_to_install_and_a_missing_speaker_encoder
 ):
     monkeypatch.setitem(sys.modules, "resemblyzer", None)  # makes importing it fail
     values = SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=2).measure(tiny_model()).values
-    names = ("wer", "wer_low", "wer_high", "run_away", "empty", "seconds_per_second", "wer_recorded")
+    names = (
+        "wer",
+        "wer_low",
+        "wer_high",
+        "cer",
+        "cer_by_chance",
+        "run_away",
+        "empty",
+        "seconds_per_second",
+        "wer_recorded",
+    )
     assert set(values) == {f"spoken/{name}" for name in names}
     monkeypatch.setitem(sys.modules, "jiwer", None)
     with pytest.raises(MissingRequirement, match=r"jiwer not installed: python setup_environment\.py"):
