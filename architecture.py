@@ -265,7 +265,7 @@ class CSM(nn.Module):
         text = _summed_nats(self.text_logits, states, targets[:, -1]) if self.config.text_head else states.new_zeros(())
 
         depth = self._depth_nats(states, targets[:, :-1], depth_rows)
-        if semantic_rows is not None and len(semantic_rows):
+        if semantic_rows is not None:  # also none at all: processes that share out a model must call it alike
             semantic = self._depth_nats(states, targets[:, : self.config.n_semantic], semantic_rows)
             depth = depth + F.pad(semantic, (0, len(depth) - len(semantic)))
         off_diagonal, error = codebook0.new_zeros(()), codebook0.new_zeros(())

@@ -45,7 +45,7 @@ class Micro(NamedTuple):
     rows: Rows
     depth_rows: Tensor  # (N,) rows the depth decoder learns
     shown: Tensor | None = None  # (B, T, K + 1) what is embedded; None: all that is real
-    semantic_rows: Tensor | None = None  # (M,) rows of which it learns the semantic codebooks only
+    semantic_rows: Tensor | None = None  # (M,) rows of which it learns the semantic codebooks only; None: no such share
 
 
 @dataclass
@@ -123,7 +123,7 @@ def micro_batch(dataset: ConversationDataset, index: int, c: TrainConfig, part: 
     how, shown = c.part(Corruption), None
     if how:
         rows, shown = corrupt(rows, how, dataset.layout.codebook_size, [seed + 1 for seed in seeds])
-    return Micro(rows, depth_rows, shown, more[~torch.isin(more, depth_rows)])
+    return Micro(rows, depth_rows, shown, more[~torch.isin(more, depth_rows)] if c.semantic_share else None)
 
 
 def batch_losses(

@@ -21,6 +21,7 @@ from training_config import TrainConfig
 FLAGS = {"max_steps": 4, "batch_rows": 2, "row_positions": 160, "warmup": 2, "save_every": 1, "keep_last": 9}
 FLAGS |= {"eval_every": 2, "eval_rows": 1, "precision": "fp32", "device": "cpu", "threads": 1, "grad_accum": 2}
 FLAGS |= {"dropout": 0.0, "drop_frames": 0.2, "replace_codes": 0.1, "shallow": 0.3, "lr": 1e-3, "guidance_steps": 3}
+FLAGS |= {"semantic_share": 0.3}
 
 
 @pytest.fixture(scope="module")
