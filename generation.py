@@ -101,7 +101,10 @@ class Speaker:
 
     def __init__(self, model: CSM, sampling: Sampling, generator: torch.Generator):
         self.model, self.sampling, self.generator = model, sampling, generator
-        self.n_codebooks = sampling.codebooks or model.config.n_codebooks
+        K = model.config.n_codebooks
+        self.n_codebooks = sampling.codebooks or K
+        if self.n_codebooks > K:
+            raise ValueError(f"codebooks={sampling.codebooks} must be at most the model's {K}")
         self._caches: dict[int, KVCache] = {}  # of the depth decoder, by number of frames
 
     def first_codes(self, hidden: Tensor, may_end: bool = True) -> Tensor:
@@ -182,9 +185,6 @@ class Conversation:
         acoustic_batch: int | None = None,
     ):
         check_tokenizer(model.config, tokenizer)
-        K = model.config.n_codebooks
-        if sampling is not None and (sampling.codebooks or 1) > K:
-            raise ValueError(f"codebooks={sampling.codebooks} must be at most the model's {K}")
         most = max(1, model.config.acoustic_delay)
         if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
             raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")

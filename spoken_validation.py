@@ -33,7 +33,6 @@ from speech_metrics import (
     Recognizer,
     SpeakerEncoder,
     Tally,
-    bootstrap,
     count_errors,
     log_mel_distance,
     normalise,
@@ -189,16 +188,12 @@ def choose_prompted(turns: Iterable[TurnRecord], n_texts: int, seed: int, max_se
     return list(chosen.values())
 
 
-def word_error_rate(texts: Sequence[str], heard: Sequence[str], seed: int) -> Figure:
-    """Of all texts together, with an interval over texts. ValueError: one of them has no words."""
-    errors = [count_errors(text, transcript) for text, transcript in zip(texts, heard, strict=True)]
-    return bootstrap([Item(str(number), each.wrong, each.words) for number, each in enumerate(errors)], seed=seed)
-
-
-def character_error_rate(texts: Sequence[str], heard: Sequence[str]) -> float:
-    """Of all texts together. ValueError: one of them has no words."""
-    errors = [count_errors(text, transcript) for text, transcript in zip(texts, heard, strict=True)]
-    return sum(each.character_errors for each in errors) / sum(each.characters for each in errors)
+def error_rates(texts: Sequence[str], heard: Sequence[str], seed: int) -> dict[str, Figure]:
+    """wer, cer and their like of all texts together, with intervals over texts. ValueError: one has no words."""
+    tally = Tally()
+    for number, (text, transcript) in enumerate(zip(texts, heard, strict=True)):
+        tally.add_errors(SPOKEN, str(number), count_errors(text, transcript))
+    return {metric: systems[SPOKEN] for metric, systems in tally.figures(seed).items()}
 
 
 def spoken_values(
@@ -213,18 +208,19 @@ def spoken_values(
     A value that cannot be had is left out: the interval of a single text, the speed of silence, the similarity where no
     reply and its prompt both hold enough speech. ValueError: one of the texts has no words.
     """
-    errors, tally = word_error_rate(texts, heard, seed), Tally()
+    errors, tally = error_rates(texts, heard, seed), Tally()
+    by_chance = error_rates(texts, [*heard[1:], heard[0]], seed) if len(texts) > 1 else None
     for reply in replies:
         time_reply(tally, SPOKEN, "", reply)
     for own, prompt in voices:
         tally.add("speaker_similarity", SPOKEN, "", mean_cosine, own, [prompt])
     means = {metric: systems[SPOKEN].value for metric, systems in tally.figures(seed).items()}
     values = {
-        "spoken/wer": errors.value,
-        "spoken/wer_low": errors.low,
-        "spoken/wer_high": errors.high,
-        "spoken/cer": character_error_rate(texts, heard),
-        "spoken/cer_by_chance": character_error_rate(texts, [*heard[1:], heard[0]]) if len(texts) > 1 else None,
+        "spoken/wer": errors["wer"].value,
+        "spoken/wer_low": errors["wer"].low,
+        "spoken/wer_high": errors["wer"].high,
+        "spoken/cer": errors["cer"].value,
+        "spoken/cer_by_chance": by_chance and by_chance["cer"].value,
         "spoken/run_away": 1 - means["ended"],
         "spoken/empty": sum(reply.duration < EMPTY_SECONDS for reply in replies) / len(replies),
         "spoken/similarity": means.get("speaker_similarity"),
@@ -261,9 +257,10 @@ class SpokenValidation:
     ):
         if n_texts < 1:
             raise ValueError(f"n_texts={n_texts} must be at least 1")
-        if not 1 <= (codebooks or 1) <= tokenizer.config.n_codebooks:
+        if codebooks is not None and codebooks > tokenizer.config.n_codebooks:
             raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
-        self.tokenizer, self.text_tokenizer, self.seed, self.codebooks = tokenizer, text_tokenizer, seed, codebooks
+        self.tokenizer, self.text_tokenizer, self.seed = tokenizer, text_tokenizer, seed
+        self.sampling = Sampling(codebooks=codebooks)
         with torch.random.fork_rng(devices=[]):  # the speaker encoder draws weights before it loads its own
             self.tools = Tools(asr)
         if self.tools.recognizer is None:
@@ -280,7 +277,7 @@ class SpokenValidation:
         self.prompts = [(0, prompt.text, cache.codes[prompt.utt_id]) for _, prompt in self.chosen]
         self.prompt_voices = self._voices([hear_codes(tokenizer, [codes]) for _, _, codes in self.prompts])
         recorded = [hear_codes(tokenizer, [cache.codes[turn.utt_id][:, :codebooks]]) for turn, _ in self.chosen]
-        self.wer_recorded = word_error_rate(self.texts, self._transcripts(recorded), seed).value
+        self.wer_recorded = error_rates(self.texts, self._transcripts(recorded), seed)["wer"].value
 
     def measure(self, model: CSM) -> Spoken:
         """Let the model speak the texts. The same weights say the same; random state and mode are left as they were.
@@ -290,7 +287,6 @@ class SpokenValidation:
         (cut at 2 s and twice the recorded turn) or are empty, the similarity of voice and prompt (mean cosine),
         seconds_per_second of audio, and wer_recorded, the rate of the recorded turns through as many codebooks.
         """
-        sampling = Sampling(codebooks=self.codebooks)
         was_training = model.training
         model.eval()
         try:
@@ -302,7 +298,7 @@ class SpokenValidation:
                     [before],
                     0,
                     turn.text,
-                    dataclasses.replace(sampling, max_seconds=limit(turn)),
+                    dataclasses.replace(self.sampling, max_seconds=limit(turn)),
                     self.seed + number,
                 )
                 for number, ((turn, _), before) in enumerate(zip(self.chosen, self.prompts, strict=True))

@@ -110,20 +110,22 @@ def micro_batch(dataset: ConversationDataset, index: int, c: TrainConfig, part: 
     first = index * c.batch_rows + (part.start or 0)
     seeds = [2 * (c.seed * 2**32 + first + place) for place in range(len(rows.tokens))]
     T = rows.tokens.size(1)
-    shares = (c.depth_share, min(1.0, c.depth_share + c.semantic_share))  # the second draw holds the first
-    depth_rows, more = (
-        torch.cat(
-            [
-                place * T + pick_depth_rows(rows.targets[place, None], share, torch.Generator().manual_seed(seed))
-                for place, seed in enumerate(seeds)
-            ]
+
+    def pick(share: float) -> Tensor:
+        parts = (
+            place * T + pick_depth_rows(rows.targets[place, None], share, torch.Generator().manual_seed(seed))
+            for place, seed in enumerate(seeds)
         )
-        for share in shares
-    )
+        return torch.cat(list(parts))
+
+    depth_rows, semantic_rows = pick(c.depth_share), None
+    if c.semantic_share:
+        more = pick(min(1.0, c.depth_share + c.semantic_share))  # of the same draws, so it holds the first
+        semantic_rows = more[~torch.isin(more, depth_rows)]
     how, shown = c.part(Corruption), None
     if how:
         rows, shown = corrupt(rows, how, dataset.layout.codebook_size, [seed + 1 for seed in seeds])
-    return Micro(rows, depth_rows, shown, more[~torch.isin(more, depth_rows)] if c.semantic_share else None)
+    return Micro(rows, depth_rows, shown, semantic_rows)
 
 
 def batch_losses(

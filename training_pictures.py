@@ -15,7 +15,7 @@ from dataset_pipeline import ConversationDataset
 from parallel import whole
 from run_folder import plot_metrics, read_metrics
 
-SPOKEN = ("wer", "wer_recorded", "cer", "cer_by_chance", "run_away", "similarity")  # what is drawn of it
+HEARD = ("wer", "wer_recorded", "cer", "cer_by_chance", "run_away", "similarity")  # what is drawn of it
 SHOWN_ROWS = 400  # of an attention map, along each side
 
 
@@ -73,7 +73,7 @@ def plot_training(folder: Path, n_codebooks: int) -> None:
         "nats per target": [f"{split}/{name}" for split in ("train", "val") for name in ("codebook0", "depth", "text")],
         "training loss by codebook": [f"codebooks_train/{k:02d}" for k in some],
         "gradient norm": ["train/grad_norm"],
-        "free-running speech": [f"spoken/{name}" for name in SPOKEN],
+        "free-running speech": [f"spoken/{name}" for name in HEARD],
         "gates": sorted(name for name in named if name.startswith("gates/")),
     }
     present = {title: [name for name in names if name in named] for title, names in groups.items()}
