@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
-OF_REPLIES = ("max_replies", "codebooks")  # settings that the tokenizer's part does not depend on
+OF_REPLIES = ("max_replies", "codebooks", "temperature")  # settings that the tokenizer's part does not depend on
 REPLY_SECONDS = 8.0  # a generated turn is cut there
 
 
@@ -80,6 +81,7 @@ class Settings:
     max_clips: int = 24  # held-out clips that are reconstructed and listened to
     max_replies: int = 8  # held-out turns that the model speaks
     codebooks: int | None = None  # that it speaks with; None: all
+    temperature: float = Sampling.temperature  # of the codes it draws; 0: always the likeliest
     asr: str = "bundled"
     seed: int = 0  # of the choice of clips, of sampling and of the bootstrap
 
@@ -87,6 +89,8 @@ class Settings:
         for name in ("max_clips", "max_replies", "codebooks"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be 0 or more")
 
 
 def plain(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict]]:
@@ -302,7 +306,7 @@ def evaluate_model(
     tokenizer = tokenizer.to(device)
     losses = held_out_losses(model, dataset, settings.max_clips, device, settings.seed)
     choices = choose_replies(dataset.conversations, settings.max_replies, settings.seed)
-    sampling = Sampling(max_seconds=REPLY_SECONDS, codebooks=settings.codebooks)
+    sampling = Sampling(max_seconds=REPLY_SECONDS, codebooks=settings.codebooks, temperature=settings.temperature)
     tally, waves, rows = Tally(), [], []
     voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
     for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
@@ -382,6 +386,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--max_replies", type=int, default=defaults.max_replies, help="turns the model speaks (default: %(default)s)"
     )
     parser.add_argument("--codebooks", type=int, help="it speaks with the first so many of every frame (default: all)")
+    temperature_help = "of the codes it draws, 0 = always the likeliest (default: %(default)s)"
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help=temperature_help)
     parser.add_argument(
         "--asr",
         default=defaults.asr,

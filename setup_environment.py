@@ -40,7 +40,8 @@ from command_line import (
 
 ROOT: Path = Path(__file__).resolve().parent  # a SyntaxError here means: this Python is too old, use 3.10 to 3.13
 ENVIRONMENT_GB = 6.7  # measured on Linux with every extra, most of it the GPU libraries that torch brings along
-DOWNLOAD_GB = 2.8  # what pip keeps in the temporary folder until all of it is installed
+DOWNLOAD_GB = 2.4  # what pip keeps in the temporary folder until torch is installed; the rest, later, is 0.5 GB
+BOTH_GB = 7.5  # the most there is of both at one time
 
 EXTRAS = {
     "data": "the built-in voice: collect_data.py --sources synthetic",
@@ -272,16 +273,16 @@ def check_disk(venv: Path, missing: list[Pin]) -> None:
     if not any(pin.name == "torch" for pin in missing):
         return
     share = 1.0 if sys.platform == "linux" else 0.35  # elsewhere torch comes without GPU libraries
-    needs: dict[int, tuple[Path, float]] = {}  # file system -> a folder on it, GB
-    for folder, size in ((venv, ENVIRONMENT_GB), (Path(tempfile.gettempdir()), DOWNLOAD_GB)):
-        first, sum_before = needs.get(folder.stat().st_dev, (folder, 0.0))
-        needs[folder.stat().st_dev] = first, sum_before + size * share
-    for folder, size in needs.values():
+    temporary = Path(tempfile.gettempdir())
+    needs = [(venv, BOTH_GB)]
+    if venv.stat().st_dev != temporary.stat().st_dev:
+        needs = [(venv, ENVIRONMENT_GB), (temporary, DOWNLOAD_GB)]
+    for folder, size in needs:
         free = shutil.disk_usage(folder).free / 1e9
-        if free < size:
+        if free < size * share:
             raise SetupFailed(
                 EXIT_STORAGE,
-                f"{folder} has {free:.1f} GB free and the installation needs {size:.1f} GB; free some space, "
+                f"{folder} has {free:.1f} GB free and the installation needs {size * share:.1f} GB; free some space, "
                 "or have the environment (--venv) or the temporary folder (TMPDIR) on another disk",
             )
 
@@ -315,6 +316,9 @@ def install(venv: Path, pins: list[Pin], packages: Packages) -> None:
     special = [pin for pin in missing if pin.file.name.endswith((NO_DEPS, FROM_SOURCE))]
     if len(special) < len(missing) or broken_dependencies(venv, pins, packages):
         print("downloading, then unpacking; while it unpacks pip may say nothing for minutes", flush=True)
+        largest = [f"{pin.name}=={pin.version}" for pin in missing if pin.name in ("torch", "torchaudio")]
+        if largest:
+            pip_install(venv, *largest)  # first and alone: its downloads are gone before the others come
         plain = dict.fromkeys(pin.file for pin in pins if not pin.file.name.endswith((NO_DEPS, FROM_SOURCE)))
         pip_install(venv, *(word for file in plain for word in ("-r", str(file))))
     for pin in special:

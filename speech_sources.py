@@ -14,6 +14,7 @@ import io
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,17 @@ DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
+CC0_URL = "https://creativecommons.org/publicdomain/zero/1.0/"
+ATTRIBUTION = f"texts of this project (CC0), {synthetic_voices.VOICE_ATTRIBUTION}"
+WORDNET = Path("usr/share/wordnet")  # of the package wordnet-base
+WORDNET_FACTS = {
+    "license": "LicenseRef-WordNet-3.0",
+    "license_url": "https://wordnet.princeton.edu/license-and-commercial-use",
+    "attribution": f"examples of WordNet 3.0 (Princeton University), {synthetic_voices.VOICE_ATTRIBUTION}",
+}
+READ_TOGETHER = 8  # sentences of a conversation
+PLAIN = re.compile(r"[A-Za-z][A-Za-z' ,;:?!.-]*")
+MIN_WORDS, MAX_WORDS = 3, 25
 MIN_RATE = 4_000  # Hz
 FEW_GROUPS = 20  # with a tenth of them held out
 MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
@@ -196,8 +208,10 @@ def read_g722(path: Path) -> tuple[np.ndarray, int]:
 # --- synthetic source ------------------------------------------------------------------------------------------------
 
 
-def synthetic_source(seed: int, done: set[str]) -> Source:
-    """Dialogues without end: every pass has each dialogue once, with new slot values and a new pair of speakers."""
+def synthetic_source(voices: list[str], seed: int, done: set[str]) -> Source:
+    """Dialogues without end: every pass has each dialogue once, with new slot values and a new pair of `voices`."""
+    if len(voices) < 2:
+        raise ValueError("--voices names one voice and the dialogues of synthetic need two; name another one")
     synthetic_voices.check_voice()
     dialogues = synthetic_voices.read_dialogues(DIALOGUES)
 
@@ -209,38 +223,103 @@ def synthetic_source(seed: int, done: set[str]) -> Source:
             for dialogue in order:
                 unit_id = f"{dialogue.name}-s{seed}-v{variant}"
                 if unit_id not in done:
-                    yield Unit(unit_id, functools.partial(collect_dialogue, dialogue, seed, variant, unit_id))
+                    job = functools.partial(collect_dialogue, "synthetic", dialogue, seed, variant, voices)
+                    yield Unit(unit_id, job)
             variant += 1
 
     return Source("synthetic", "1", units(), endless=True)
 
 
-def collect_dialogue(dialogue: synthetic_voices.Dialogue, seed: int, variant: int, unit_id: str) -> UnitResult:
-    """Speak one variant of a dialogue."""
-    turns = synthetic_voices.speak_dialogue(dialogue, seed, variant)
+def collect_dialogue(
+    source: str, dialogue: synthetic_voices.Dialogue, seed: int, variant: int, voices: list[str], **facts: object
+) -> UnitResult:
+    """Speak one variant of a dialogue; `facts` of its texts, where they are not the project's own."""
+    turns = synthetic_voices.speak_dialogue(dialogue, seed, variant, voices)
+    conversation = f"{source}:{dialogue.name}-s{seed}-v{variant}"
+    facts = {"license": synthetic_voices.LICENSE, "license_url": CC0_URL, "attribution": ATTRIBUTION} | facts
     return sort_results(
         make_turn(
             turn.samples,
             turn.sample_rate,
             turn.text,
-            utt_id=f"synthetic:{unit_id}-{turn.index:02d}",
-            source="synthetic",
-            split_group=f"synthetic:{dialogue.name}",  # all variants share their words
-            conv_key=f"synthetic:{unit_id}",
+            utt_id=f"{conversation}-{turn.index:02d}",
+            source=source,
+            split_group=f"{source}:{dialogue.name}",  # all variants share their words
+            conv_key=conversation,
             turn_index=turn.index,
             start_s=round(turn.start_s, 4),
             end_s=round(turn.start_s + len(turn.samples) / turn.sample_rate, 4),
             speaker_id=f"synthetic:{turn.speaker}",
             style=turn.style,
             voice_parameters=json.dumps(turn.voice_parameters),
-            license=synthetic_voices.LICENSE,
-            license_url="https://creativecommons.org/publicdomain/zero/1.0/",
-            attribution=synthetic_voices.ATTRIBUTION,
             redistributable=True,
             synthetic=True,
+            **facts,
         )
         for turn in turns
     )
+
+
+# --- sentences read by the built-in voices ---------------------------------------------------------------------------
+
+
+def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) -> Source:
+    """Sentences in an order drawn from `seed`, read eight at a time by one of `voices`; each is read once.
+
+    `given` is a text file, or where Debian's wordnet-base is unpacked. MissingRequirement: there is neither.
+    """
+    synthetic_voices.check_voice()
+    wordnet = given / WORDNET
+    if given.is_file():
+        sentences, facts = read_sentences(given), {"license": "NOASSERTION", "license_url": ""}
+        facts["attribution"] = f"sentences of {given.name}, {synthetic_voices.VOICE_ATTRIBUTION}"
+    elif wordnet.is_dir():
+        sentences, facts = read_wordnet(wordnet), WORDNET_FACTS
+    else:
+        raise MissingRequirement(
+            f"{wordnet} is missing: apt-get download wordnet-base; dpkg-deb -x wordnet-base*.deb DIR; then "
+            "--local sentences=DIR; or --local sentences=FILE.txt with a sentence a line"
+        )
+    if not sentences:
+        raise ValueError(f"{given} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words in plain English letters")
+    random.Random(synthetic_voices.seed_of(seed, "sentences")).shuffle(sentences)
+
+    def units() -> Iterator[Unit]:
+        for start in range(0, len(sentences), READ_TOGETHER):
+            lines = [synthetic_voices.Line("A", "neutral", text) for text in sentences[start : start + READ_TOGETHER]]
+            name = hashlib.sha256("\n".join(line.text for line in lines).encode()).hexdigest()[:12]
+            unit_id = f"{name}-s{seed}-v0"
+            if unit_id not in done:
+                dialogue = synthetic_voices.Dialogue(name, "sentences", lines)
+                job = functools.partial(collect_dialogue, "sentences", dialogue, seed, 0, voices, **facts)
+                yield Unit(unit_id, job)
+
+    return Source("sentences", "1", units(), endless=True)
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The lines of a UTF-8 text that can be read aloud as they stand, each once. ValueError: not UTF-8."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    return list(dict.fromkeys(line.strip() for line in lines if can_be_read(line.strip())))
+
+
+def read_wordnet(folder: Path) -> list[str]:
+    """The sentences that WordNet gives as examples of its words, each once."""
+    quoted = (
+        text.strip()
+        for path in sorted(folder.glob("data.*"))
+        for line in path.read_text(encoding="latin-1").splitlines()
+        for text in re.findall(r'"([^"]+)"', line.partition("| ")[2])
+    )
+    return list(dict.fromkeys(text for text in quoted if can_be_read(text)))
+
+
+def can_be_read(text: str) -> bool:
+    """Nothing that is said otherwise than it is spelt, nothing too short or long for a turn."""
+    return PLAIN.fullmatch(text) is not None and MIN_WORDS <= len(text.split()) <= MAX_WORDS
 
 
 # --- local source ----------------------------------------------------------------------------------------------------

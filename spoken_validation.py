@@ -251,16 +251,17 @@ class SpokenValidation:
         text_tokenizer: TextTokenizer,
         n_texts: int = 8,
         seed: int = 0,
-        codebooks: int | None = None,  # the first so many are drawn and heard; None: all
+        sampling: Sampling | None = None,  # its `codebooks` are heard of recorded turns too
         asr: str = "bundled",
         max_seconds: float = 10.0,  # longer recorded turns are not chosen
     ):
         if n_texts < 1:
             raise ValueError(f"n_texts={n_texts} must be at least 1")
+        sampling = sampling or Sampling()
+        codebooks = sampling.codebooks
         if codebooks is not None and codebooks > tokenizer.config.n_codebooks:
             raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
-        self.tokenizer, self.text_tokenizer, self.seed = tokenizer, text_tokenizer, seed
-        self.sampling = Sampling(codebooks=codebooks)
+        self.tokenizer, self.text_tokenizer, self.seed, self.sampling = tokenizer, text_tokenizer, seed, sampling
         with torch.random.fork_rng(devices=[]):  # the speaker encoder draws weights before it loads its own
             self.tools = Tools(asr)
         if self.tools.recognizer is None:

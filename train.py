@@ -24,6 +24,7 @@ from architecture import CSM
 from audio_tokenizer import AudioTokenizer
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
 from fine_tuning import add_lora, start_from
+from generation import Sampling
 from model_sizes import PRESETS, CSMConfig
 from ranks import Ranks, join_ranks, pick_device, use_threads
 from run_folder import read_metrics
@@ -147,8 +148,8 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
     spoken = None
     if c.speak_every and ranks.first:
         own = train_data.text_tokenizer
-        codebooks = c.speak_codebooks or None
-        spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, codebooks, args.asr)
+        sampling = Sampling(codebooks=c.speak_codebooks or None, temperature=c.speak_temperature)
+        spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, sampling, args.asr)
     if args.wandb and ranks.first:
         mirror_to_wandb(args.wandb, args.out)
     settings = {"data": cache.fingerprint, "init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}

@@ -13,6 +13,7 @@ import torch
 
 from architecture import Terms
 from dataset_pipeline import Mixture
+from generation import Sampling
 from history_corruption import Corruption
 from model_sizes import CSMConfig
 from parallel import WAYS
@@ -64,6 +65,7 @@ class TrainConfig:
     speak_every: int = 0
     speak_texts: int = 8
     speak_codebooks: int = 0
+    speak_temperature: float = Sampling.temperature
 
     def __post_init__(self) -> None:
         positive = ("max_steps", "batch_rows", "grad_accum", "save_every", "keep_last", "eval_every", "eval_rows")
@@ -78,7 +80,8 @@ class TrainConfig:
         if not 0 <= self.semantic_share <= 1:
             raise ValueError(f"semantic_share={self.semantic_share} must be at least 0 and at most 1")
         weights = [name for name in HELP if name.endswith(("_weight", "_decay"))]
-        for name in (*weights, "min_lr", "warmup", "added_steps", "speak_every", "speak_codebooks"):
+        speaking = ("speak_every", "speak_codebooks", "speak_temperature")
+        for name in (*weights, "min_lr", "warmup", "added_steps", *speaking):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.seed < MOST_SEEDS:
@@ -138,6 +141,7 @@ HELP = {
     "speak_every": "steps between free-running validations, which need the extra eval; 0 = never",
     "speak_texts": "held-out texts spoken in each",
     "speak_codebooks": "codebooks that are drawn and heard there; 0 = all",
+    "speak_temperature": "of the codes drawn there; 0 = always the likeliest",
 }
 
 # Learning rates follow GPT-3 (arXiv 2005.14165, table 2.1: 6e-4 for 125M, 2e-4 for 1.3B, 1.6e-4 for 2.7B, 1.2e-4 for

@@ -551,6 +551,28 @@ def test_synthetic_dialogues_are_collected_with_their_ground_truth(tmp_path, mon
     assert_whole(tmp_path / "out", len(found))
 
 
+def test_sentences_are_read_once_each_by_the_voices_named(tmp_path, capsys):
+    texts = ["the cat sat down", "a long and glorious career", "who goes there?"]
+    lines = ["the cat sat down", "room 12 is free", "too short", "un café, s'il vous plaît"]
+    (tmp_path / "lines.txt").write_text("\n".join(texts + lines), encoding="utf-8")
+    wordnet = tmp_path / "root" / "usr" / "share" / "wordnet"
+    wordnet.mkdir(parents=True)
+    content = f'  1 licence; "of no word"\n00001 03 n 01 cat 0 000 | a pet; "{texts[0]}"; "{texts[1]}"  \n'
+    (wordnet / "data.noun").write_text(content + f'00002 03 v 01 go 0 000 | move; "{texts[2]}"; "cat"  \n')
+    flags = ["--sources", "sentences", "--voices", "adam", "--workers", "1", "--out"]
+    for given, licence in ((tmp_path / "lines.txt", "NOASSERTION"), (tmp_path / "root", "LicenseRef-WordNet-3.0")):
+        out = tmp_path / licence
+        assert run(main, [*flags, str(out), "--local", f"sentences={given}", "--target_hours", "1"]) == EXIT_PARTIAL
+        turns = list(read_turns(out, with_audio=False))
+        assert sorted(turn.text.lower() for turn in turns) == sorted(texts)
+        assert {(turn.speaker_id, turn.license) for turn in turns} == {("synthetic:adam", licence)}
+        assert "target not reached" in capsys.readouterr().out
+    assert run(main, [*flags, str(tmp_path / "no"), "--local", f"sentences={tmp_path}"]) == EXIT_MISSING
+    assert "apt-get download wordnet-base" in capsys.readouterr().err
+    assert run(main, ["--voices", "adam", "--out", str(tmp_path / "no")]) == EXIT_INPUT
+    assert "the dialogues of synthetic need two" in capsys.readouterr().err
+
+
 def test_two_workers_give_the_same_turns_as_one(tmp_path):
     collected = []
     for workers in ("1", "2"):

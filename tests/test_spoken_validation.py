@@ -16,7 +16,7 @@ from audio_tokenizer import AudioTokenizer, CodeShape
 from command_line import MissingRequirement
 from conversations import split_of
 from frames import N_PROSODY, Clock, Turn
-from generation import Reply
+from generation import Reply, Sampling
 from speech_metrics import NotMeasurable
 from spoken_validation import SpokenValidation, choose_prompted, mean_cosine, spoken_values
 from text_tokenizer import ByteTokenizer
@@ -60,7 +60,7 @@ def test_the_same_weights_say_the_same_and_training_goes_on_as_if_nothing_was_sa
 
 
 def test_with_fewer_codebooks_the_first_ones_are_drawn_and_heard(shared_data, tokenizer, validation):
-    fewer = SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=2, codebooks=1)
+    fewer = SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=2, sampling=Sampling(codebooks=1))
     (one, *_), (all_of_them, *_) = (each.measure(tiny_model()).clips for each in (fewer, validation))
     assert one[0] == all_of_them[0] and not np.array_equal(one[1], all_of_them[1])
 
