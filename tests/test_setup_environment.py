@@ -334,6 +334,16 @@ def test_too_little_disk_is_said_before_anything_is_downloaded(tmp_path, monkeyp
     setup_environment.check_disk(tmp_path, [])  # nothing big to come: nothing to refuse
 
 
+def test_torch_is_installed_alone_and_first_so_that_its_downloads_are_gone_before_the_others_come(
+    tmp_path, monkeypatch
+):
+    file, called = tmp_path / "requirements.txt", []
+    pins = [setup_environment.Pin(name, "2.11.0", "", file) for name in ("numpy", "torch", "torchaudio")]
+    monkeypatch.setattr(setup_environment, "pip_install", lambda venv, *words: called.append(words))
+    setup_environment.install(tmp_path, pins, setup_environment.Packages((3, 11), {"pip": "25"}, {}, {}))
+    assert called == [("torch==2.11.0", "torchaudio==2.11.0"), ("-r", str(file))]
+
+
 def test_a_python_without_the_venv_module_is_told_what_to_install(root, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(setup_environment.importlib.util, "find_spec", lambda name: None)
     assert setup(root, tmp_path / "new") == EXIT_MISSING
