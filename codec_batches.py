@@ -49,17 +49,22 @@ class Crops:
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
-    """Nested depth dropout: acoustic 45 % full, 20 % none, else any, the few more often; semantic 90 % full, else any.
+    """Nested depth dropout, always a prefix of all codebooks: 45 % all, 25 % the semantic ones and some acoustic, 15 %
+    the semantic ones alone, 15 % some of them.
 
-    The semantic codebooks alone are drawn the more often: they must be understood. The first acoustic codebooks
-    change the sound the most, so depths are drawn evenly by their logarithm.
+    What a speech model says with its first codebooks must be understood. Each further codebook changes the sound less
+    than the one before, so depths are drawn evenly by their logarithm.
     """
     random = np.random.default_rng([seed, step, 1])
-    lot, any_acoustic = random.random(batch_size), np.exp(random.uniform(0, np.log(n_acoustic), batch_size)).astype(int)
-    acoustic = np.select([lot < 0.45, lot < 0.65], [n_acoustic, 0], any_acoustic)
-    any_semantic = random.integers(1, n_semantic + 1, batch_size)
-    semantic = np.where(random.random(batch_size) < 0.9, n_semantic, any_semantic)
+    lot, depth = random.random(batch_size), random.random(batch_size)
+    acoustic = np.select([lot < 0.45, lot < 0.70], [n_acoustic, _by_logarithm(depth, n_acoustic)], 0)
+    semantic = np.where(lot < 0.85, n_semantic, _by_logarithm(depth, n_semantic))
     return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
+
+
+def _by_logarithm(chance: np.ndarray, most: int) -> np.ndarray:
+    """Chances in [0, 1) -> numbers 1..most, 1 to 2 as often as 2 to 4."""
+    return np.minimum(np.exp(chance * np.log(most + 1)).astype(int), most)
 
 
 def draw_warps(seed: int, step: int, batch_size: int, share: float) -> Tensor:
@@ -174,8 +179,7 @@ def _masked(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def draw_prefixes(seed: int, step: int, batch_size: int, n_semantic: int) -> Tensor:
-    """(B,) how many semantic codebooks the heads see: 1 in 20 %, all in 50 %, else any between, so that words come
-    first."""
+    """(B,) how many semantic codebooks the heads see: all in 40 %, else any, few the more often: words come first."""
     random = np.random.default_rng([seed, step, 3])
-    lot, between = random.random(batch_size), random.integers(1, n_semantic + 1, batch_size)
-    return torch.from_numpy(np.where(lot < 0.2, 1, np.where(lot < 0.7, n_semantic, between)))
+    lot, depth = random.random(batch_size), _by_logarithm(random.random(batch_size), n_semantic)
+    return torch.from_numpy(np.where(lot < 0.4, n_semantic, depth))

@@ -21,11 +21,11 @@ from architecture import CSM, CSMCache
 from audio import FRAME_RATE, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
 from conversational_memory import MemoryState
+from depth_loop import DepthLoop
 from frames import N_PROSODY, Clock, Rows, Turn
 from model_sizes import CSMConfig
 from prosody import prosody_features
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
-from transformer import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Speaker:
         self.n_codebooks = sampling.codebooks or K
         if self.n_codebooks > K:
             raise ValueError(f"codebooks={sampling.codebooks} must be at most the model's {K}")
-        self._caches: dict[int, KVCache] = {}  # of the depth decoder, by number of frames
+        self.depth = DepthLoop(model)
 
     def first_codes(self, hidden: Tensor, may_end: bool = True) -> Tensor:
         """(N, D) backbone states -> (N, k) first codes of the next frame: S of them, or all without a delay.
@@ -116,7 +116,7 @@ class Speaker:
         c = self.model.config
         allowed = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
         logits = self.model.codebook0_head(hidden)[:, :allowed]
-        code = draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)[:, None]
+        code = self._choose(logits)[:, None]
         stop = min(c.n_semantic, self.n_codebooks) if c.acoustic_delay else self.n_codebooks
         if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
             return torch.cat((code, code.new_zeros(len(code), stop - 1)), dim=1)
@@ -124,26 +124,12 @@ class Speaker:
 
     def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int) -> Tensor:
         """(N, D) backbone states, (N, k) first codes -> (N, stop): codes k..stop-1 from the depth decoder."""
-        model, c = self.model, self.model.config
-        n, k = codes.shape
-        if k == stop:
+        if codes.size(1) == stop:
             return codes
-        if n not in self._caches:
-            self._caches[n] = KVCache(c.depth, n, c.n_codebooks, model.text_embedding.weight)
-        cache = self._caches[n]
-        cache.length = 0  # the depth decoder forgets from frame to frame, the backbone does not
-        inputs = model.depth_inputs(hidden, codes)  # (N, k + 1, E)
-        drawn = [codes]
-        for codebook in range(k, stop):
-            start = cache.length
-            positions = torch.arange(start, start + inputs.size(1), device=hidden.device)[None]
-            state = model.depth(inputs, positions, cache=cache)[:, -1]  # (N, E)
-            logits = (state @ model.depth_heads[codebook - 1])[:, : c.codebook_size]
-            code = draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
-            drawn.append(code[:, None])
-            if codebook < stop - 1:
-                inputs = model.embed_code(codebook, code)[:, None]
-        return torch.cat(drawn, dim=1)
+        return self.depth.continue_frames(hidden, codes, stop, self._choose)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        return draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
 
 
 def check_tokenizer(config: CSMConfig, tokenizer: AudioTokenizer) -> None:

@@ -188,8 +188,12 @@ class Memory(NamedTuple):
 
 
 def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int = 4) -> Memory:
-    """One conversation with a full context: weights, KV caches of both stages, the ConversationalMemory in fp32."""
-    cached = 0
+    """One conversation with a full context: weights, KV caches of both stages, the ConversationalMemory in fp32.
+
+    `caches` has the blocks of the depth decoder once more, as `DepthLoop` holds them.
+    """
+    d = config.depth
+    cached = d.n_layers * (2 * d.d_model**2 + 2 * d.d_model * d.n_kv_heads * d.d_head + 3 * d.d_model * d.d_ff)
     for stack, positions in ((config.backbone, config.max_positions), (config.depth, config.n_codebooks)):
         cached += 2 * stack.n_layers * stack.n_kv_heads * stack.d_head * positions
     b = config.backbone  # every row of the context is text or audio; audio counts for a quarter, as pools

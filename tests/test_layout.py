@@ -35,7 +35,8 @@ LEVELS = (
     {"conversation_formats", "conversations", "cross_attention", "rvq_tokenizer"},
     {"codec_training", "model_sizes", "token_cache"},
     {"architecture", "speech_metrics"},
-    {"dataset_pipeline", "evaluation_report", "generation", "weight_layouts"},
+    {"dataset_pipeline", "depth_loop", "evaluation_report", "weight_layouts"},
+    {"generation"},
     {
         "codec_probes",
         "fine_tuning",

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import architecture
 from architecture import CSM, CSMCache, parameter_table, pick_depth_rows
 from command_line import EXIT_DONE, EXIT_INPUT, run
+from depth_loop import DepthLoop
 from frames import Rows, Turn
 from generation import Sampling, Speaker
 from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, inference_memory, preset, training_memory
@@ -250,6 +251,7 @@ def test_inference_memory_has_the_bytes_of_the_real_weights_and_caches():
         model.hidden(text, cache=cache)
     depth = KVCache(config.depth, 1, config.n_codebooks, model.text_embedding.weight)
     tensors = [cache.keys.keys, cache.keys.values, depth.keys, depth.values]
+    tensors += [t for block in DepthLoop(model).blocks for t in block]
     tensors += [t for layer in cache.cross for t in (layer.text.keys, layer.text.values)]
     tensors += [*cache.memory.state.matrices, *cache.memory.current]
     memory = inference_memory(config, sum(p.numel() for p in model.parameters()))

@@ -1,0 +1,46 @@
+"""The folded loop over codebooks against the depth decoder as it is trained."""
+
+import pytest
+import torch
+from conftest import full_model
+
+from depth_loop import DepthLoop
+
+
+def model_with_norms():
+    model = full_model(n_codebooks=6, n_semantic=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # scales of 1 would hide where they are folded
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.mark.parametrize(("n", "k", "stop"), [(1, 1, 6), (1, 1, 3), (4, 3, 6), (2, 5, 6), (3, 1, 2)])
+def test_every_code_is_drawn_from_the_logits_of_the_trained_decoder(n, k, stop):
+    model, seen = model_with_norms(), []
+    random = torch.Generator().manual_seed(2)
+    hidden = torch.randn(n, model.config.backbone.d_model, generator=random)
+    given = torch.randint(0, model.config.codebook_size, (n, k), generator=random)
+
+    def choose(logits):
+        seen.append(logits)
+        return logits.argmax(dim=1)
+
+    with torch.inference_mode():
+        codes = DepthLoop(model).continue_frames(hidden, given, stop, choose)
+        expected = model.depth_logits(hidden, codes)[:, k - 1 :, : model.config.codebook_size]
+    assert codes.shape == (n, stop) and torch.equal(codes[:, :k], given)
+    torch.testing.assert_close(torch.stack(seen, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_blocks_are_those_of_the_moment_it_was_made():
+    model = model_with_norms()
+    hidden, given = torch.ones(1, model.config.backbone.d_model), torch.tensor([[1]])
+    logits, loop = [], DepthLoop(model)
+    for make in (lambda: loop, lambda: loop, lambda: DepthLoop(model)):
+        with torch.inference_mode():
+            make().continue_frames(hidden, given, 2, lambda x: logits.append(x) or x.argmax(dim=1))
+        with torch.no_grad():
+            model.depth.blocks[0].attention.v_proj.weight.mul_(2)
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
