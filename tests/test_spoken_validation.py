@@ -224,4 +224,4 @@ def test_nothing_to_speak_is_one_line(shared_data, tokenizer):
     with pytest.raises(ValueError, match="n_texts=0"):
         SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), n_texts=0)
     with pytest.raises(ValueError, match="codebooks=5 must be at most the tokenizer's 4"):
-        SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), codebooks=5)
+        SpokenValidation(shared_data, "val", tokenizer, ByteTokenizer(), sampling=Sampling(codebooks=5))
