@@ -236,7 +236,8 @@ def collect_dialogue(
     """Speak one variant of a dialogue; `facts` of its texts, where they are not the project's own."""
     turns = synthetic_voices.speak_dialogue(dialogue, seed, variant, voices)
     conversation = f"{source}:{dialogue.name}-s{seed}-v{variant}"
-    facts = {"license": synthetic_voices.LICENSE, "license_url": CC0_URL, "attribution": ATTRIBUTION} | facts
+    own = {"license": synthetic_voices.LICENSE, "license_url": CC0_URL, "attribution": ATTRIBUTION}
+    facts = own | {"redistributable": True} | facts
     return sort_results(
         make_turn(
             turn.samples,
@@ -252,7 +253,6 @@ def collect_dialogue(
             speaker_id=f"synthetic:{turn.speaker}",
             style=turn.style,
             voice_parameters=json.dumps(turn.voice_parameters),
-            redistributable=True,
             synthetic=True,
             **facts,
         )
@@ -264,14 +264,18 @@ def collect_dialogue(
 
 
 def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) -> Source:
-    """Sentences in an order drawn from `seed`, read eight at a time by one of `voices`; each is read once.
+    """Sentences, eight at a time read by one of `voices`, in an order drawn from `seed`; each is read once.
 
-    `given` is a text file, or where Debian's wordnet-base is unpacked. MissingRequirement: there is neither.
+    Which eight does not depend on the seed, so that none is in two splits. `given` is a text file, or where Debian's
+    wordnet-base is unpacked. MissingRequirement: there is neither.
     """
     synthetic_voices.check_voice()
     wordnet = given / WORDNET
     if given.is_file():
-        sentences, facts = read_sentences(given), {"license": "NOASSERTION", "license_url": ""}
+        sentences, facts = (
+            read_sentences(given),
+            {"license": "NOASSERTION", "license_url": "", "redistributable": False},
+        )
         facts["attribution"] = f"sentences of {given.name}, {synthetic_voices.VOICE_ATTRIBUTION}"
     elif wordnet.is_dir():
         sentences, facts = read_wordnet(wordnet), WORDNET_FACTS
@@ -282,19 +286,21 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
         )
     if not sentences:
         raise ValueError(f"{given} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words in plain English letters")
-    random.Random(synthetic_voices.seed_of(seed, "sentences")).shuffle(sentences)
+    random.Random(0).shuffle(sentences)
+    groups = [sentences[start : start + READ_TOGETHER] for start in range(0, len(sentences), READ_TOGETHER)]
+    random.Random(synthetic_voices.seed_of(seed, "sentences")).shuffle(groups)
 
     def units() -> Iterator[Unit]:
-        for start in range(0, len(sentences), READ_TOGETHER):
-            lines = [synthetic_voices.Line("A", "neutral", text) for text in sentences[start : start + READ_TOGETHER]]
-            name = hashlib.sha256("\n".join(line.text for line in lines).encode()).hexdigest()[:12]
+        for group in groups:
+            name = hashlib.sha256("\n".join(group).encode()).hexdigest()[:12]
             unit_id = f"{name}-s{seed}-v0"
             if unit_id not in done:
+                lines = [synthetic_voices.Line("A", "neutral", text) for text in group]
                 dialogue = synthetic_voices.Dialogue(name, "sentences", lines)
                 job = functools.partial(collect_dialogue, "sentences", dialogue, seed, 0, voices, **facts)
                 yield Unit(unit_id, job)
 
-    return Source("sentences", "1", units(), endless=True)
+    return Source("sentences", "1", units(), endless=not given.is_file())
 
 
 def read_sentences(path: Path) -> list[str]:

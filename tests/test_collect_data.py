@@ -565,12 +565,24 @@ def test_sentences_are_read_once_each_by_the_voices_named(tmp_path, capsys):
         assert run(main, [*flags, str(out), "--local", f"sentences={given}", "--target_hours", "1"]) == EXIT_PARTIAL
         turns = list(read_turns(out, with_audio=False))
         assert sorted(turn.text.lower() for turn in turns) == sorted(texts)
-        assert {(turn.speaker_id, turn.license) for turn in turns} == {("synthetic:adam", licence)}
+        facts = {(turn.speaker_id, turn.license, turn.redistributable) for turn in turns}
+        assert facts == {("synthetic:adam", licence, given.is_dir())}
         assert "target not reached" in capsys.readouterr().out
+    everything = [*flags, str(tmp_path / "all"), "--local", f"sentences={tmp_path / 'lines.txt'}"]
+    assert run(main, everything) == EXIT_DONE  # a file has an end
     assert run(main, [*flags, str(tmp_path / "no"), "--local", f"sentences={tmp_path}"]) == EXIT_MISSING
     assert "apt-get download wordnet-base" in capsys.readouterr().err
     assert run(main, ["--voices", "adam", "--out", str(tmp_path / "no")]) == EXIT_INPUT
     assert "the dialogues of synthetic need two" in capsys.readouterr().err
+
+
+def test_sentences_that_are_read_together_are_the_same_for_every_seed(tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join(f"this is line {'very ' * i}long" for i in range(20)))
+    names = []
+    for seed in (0, 1):
+        source = speech_sources.sentences_source(tmp_path / "lines.txt", ["adam"], seed, set())
+        names.append([unit.id.partition("-")[0] for unit in source.units])
+    assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
 
 
 def test_two_workers_give_the_same_turns_as_one(tmp_path):
