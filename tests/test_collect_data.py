@@ -577,7 +577,7 @@ def test_sentences_are_read_once_each_by_the_voices_named(tmp_path, capsys):
 
 
 def test_sentences_that_are_read_together_are_the_same_for_every_seed(tmp_path):
-    (tmp_path / "lines.txt").write_text("\n".join(f"this is line {'very ' * i}long" for i in range(20)))
+    (tmp_path / "lines.txt").write_text("\n".join(f"this is line {'long' * i}" for i in range(1, 81)))
     names = []
     for seed in (0, 1):
         source = speech_sources.sentences_source(tmp_path / "lines.txt", ["adam"], seed, set())

@@ -19,7 +19,7 @@ import codec_training
 import train_tokenizer
 from audio import FRAME_SAMPLES, read_audio
 from checkpointing import load_newest_state, load_state, state_files
-from codec_batches import Crops, Utterances, draw_depths, draw_prefixes
+from codec_batches import Crops, Utterances, draw_depths
 from codec_training import CONTINUOUS, DECODER, QUANTISED, TrainConfig, build_run, fastest, lr_at, train_step
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
 from run_folder import read_metrics, read_settings
@@ -184,12 +184,6 @@ def test_depths_keep_a_semantic_codebook_and_cover_the_hierarchy():
     assert share[1] == pytest.approx(0.25 * np.log(2) / np.log(23), abs=0.02) and (share[2:22] > 0).all()
     share = torch.bincount(depths.semantic, minlength=11) / 4000
     assert share[1] == pytest.approx(0.15 * np.log(2) / np.log(11), abs=0.02) and (share[1:] > 0).all()
-
-
-def test_words_are_asked_of_the_first_codebooks_the_most_often():
-    share = torch.bincount(draw_prefixes(0, 0, 4000, 10), minlength=11) / 4000
-    assert share[10] == pytest.approx(0.4 + 0.6 * np.log(11 / 10) / np.log(11), abs=0.03)
-    assert share[1] == pytest.approx(0.6 * np.log(2) / np.log(11), abs=0.03) and (share[1:9] > share[2:10]).all()
 
 
 def test_rate_warms_up_stays_through_stage_a_and_falls_to_zero():
