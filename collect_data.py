@@ -429,7 +429,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--sources", nargs="+", choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
-    hours_help = "hours of speech the sources shall hold together (default: 0.5; all there is without built-in voices)"
+    hours_help = "hours of speech the sources shall hold together (default: 0.5, or all where every source has an end)"
     add("--target_hours", type=float, metavar="H", help=hours_help)
     add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
     local_help = "read a source from a place: an unpacked archive, or where Debian packages are unpacked (default: /)"

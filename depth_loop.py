@@ -3,7 +3,7 @@ their arithmetic.
 
 The blocks are those of the model, folded: scales of norms into the matrices behind them, query, key and value into one
 matrix, gate and up into another. Letters: N frames, K codebooks, V codes, E width, H heads, G key/value heads,
-S positions, d = E / H.
+d = E / H.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import CSM
-from transformer import Block, attend, rope_angles, rotate
+from transformer import Block, KVCache, attend, rope_angles, rotate
 
 
 class FoldedBlock(NamedTuple):
@@ -49,31 +49,30 @@ class DepthLoop:
         model, V = self.model, self.model.config.codebook_size  # no special codes
         N, k = codes.shape
         inputs = model.depth_inputs(hidden, codes)  # (N, k + 1, E)
-        shape = (len(self.blocks), N, self.config.n_kv_heads, stop, self.config.d_head)
-        keys, values = inputs.new_empty(shape), inputs.new_empty(shape)
-        drawn, start = [codes], 0
+        cache = KVCache(self.config, N, stop, inputs)
+        drawn = [codes]
         for codebook in range(k, stop):
-            states = self.states(inputs, start, keys, values)
+            states = self.states(inputs, cache)
             code = choose((states @ model.depth_heads[codebook - 1])[:, :V])
             drawn.append(code[:, None])
-            inputs, start = model.embed_code(codebook, code)[:, None], codebook + 1
+            if codebook < stop - 1:
+                inputs = model.embed_code(codebook, code)[:, None]
         return torch.cat(drawn, dim=1)
 
-    def states(self, x: Tensor, start: int, keys: Tensor, values: Tensor) -> Tensor:
-        """(N, T, E) inputs from position `start` on -> (N, E) hidden states of the last.
+    def states(self, x: Tensor, cache: KVCache) -> Tensor:
+        """(N, T, E) inputs that continue what the cache holds -> (N, E) hidden states of the last.
 
-        Several at position 0, later one at a time; `keys` and `values` (layers, N, G, S, d) are filled.
+        Several inputs for an empty cache, later one at a time.
         """
-        c, (N, T, E), end = self.config, x.shape, start + x.size(1)
-        rope = [part[:, :, start:end] for part in self.rope]
+        c, (N, T, E) = self.config, x.shape
+        rope = [part[:, :, cache.length : cache.length + T] for part in self.rope]
         for layer, block in enumerate(self.blocks):
             qkv = (F.rms_norm(x, (E,), eps=c.norm_eps) @ block.qkv).view(N, T, -1, c.d_head).transpose(1, 2)
             turned = rotate(qkv[:, : c.n_heads + c.n_kv_heads], *rope).to(x.dtype)  # (N, H + G, T, d)
-            keys[layer, :, :, start:end] = turned[:, c.n_heads :]
-            values[layer, :, :, start:end] = qkv[:, c.n_heads + c.n_kv_heads :]
-            k, v = keys[layer, :, :, :end], values[layer, :, :, :end]
+            k, v = cache.append(layer, turned[:, c.n_heads :], qkv[:, c.n_heads + c.n_kv_heads :])
             out = attend(turned[:, : c.n_heads], k, v, causal=T > 1)
             x = x + out.transpose(1, 2).flatten(2) @ block.out
             gate, up = (F.rms_norm(x, (E,), eps=c.norm_eps) @ block.gate_up).chunk(2, dim=-1)
             x = x + (F.silu(gate) * up) @ block.down
+        cache.length += T
         return self.model.depth.norm(x[:, -1])

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -86,11 +85,14 @@ class Settings:
     seed: int = 0  # of the choice of clips, of sampling and of the bootstrap
 
     def __post_init__(self) -> None:
-        for name in ("max_clips", "max_replies", "codebooks"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+        for name in ("max_clips", "max_replies"):
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How the model speaks. ValueError for what cannot work."""
+        return Sampling(max_seconds=REPLY_SECONDS, codebooks=self.codebooks, temperature=self.temperature)
 
 
 def plain(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict]]:
@@ -306,11 +308,10 @@ def evaluate_model(
     tokenizer = tokenizer.to(device)
     losses = held_out_losses(model, dataset, settings.max_clips, device, settings.seed)
     choices = choose_replies(dataset.conversations, settings.max_replies, settings.seed)
-    sampling = Sampling(max_seconds=REPLY_SECONDS, codebooks=settings.codebooks, temperature=settings.temperature)
     tally, waves, rows = Tally(), [], []
     voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
     for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
-        reply = speak(model, tokenizer, dataset, conversation, index, sampling, settings.seed + number)
+        reply = speak(model, tokenizer, dataset, conversation, index, settings.sampling(), settings.seed + number)
         turn, speaker = conversation.turns[index], conversation.speakers[index]
         before = range(max(0, index - CONTEXT_TURNS), index)
         codes = {i: dataset.cache.codes[conversation.turns[i].utt_id] for i in (*before, index)}

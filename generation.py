@@ -43,7 +43,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "text_temperature"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("top_k", "text_top_k", "max_text_ids", "codebooks"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -33,13 +33,18 @@ DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
-CC0_URL = "https://creativecommons.org/publicdomain/zero/1.0/"
-ATTRIBUTION = f"texts of this project (CC0), {synthetic_voices.VOICE_ATTRIBUTION}"
+CORPUS_FACTS = {
+    "license": synthetic_voices.LICENSE,
+    "license_url": "https://creativecommons.org/publicdomain/zero/1.0/",
+    "attribution": f"texts of this project (CC0), {synthetic_voices.VOICE_ATTRIBUTION}",
+    "redistributable": True,
+}
 WORDNET = Path("usr/share/wordnet")  # of the package wordnet-base
 WORDNET_FACTS = {
     "license": "LicenseRef-WordNet-3.0",
     "license_url": "https://wordnet.princeton.edu/license-and-commercial-use",
     "attribution": f"examples of WordNet 3.0 (Princeton University), {synthetic_voices.VOICE_ATTRIBUTION}",
+    "redistributable": True,
 }
 READ_TOGETHER = 8  # sentences of a conversation
 PLAIN = re.compile(r"[A-Za-z][A-Za-z' ,;:?!.-]*")
@@ -221,23 +226,28 @@ def synthetic_source(voices: list[str], seed: int, done: set[str]) -> Source:
             order = list(dialogues)
             random.Random(synthetic_voices.seed_of(seed, "order", variant)).shuffle(order)
             for dialogue in order:
-                unit_id = f"{dialogue.name}-s{seed}-v{variant}"
-                if unit_id not in done:
-                    job = functools.partial(collect_dialogue, "synthetic", dialogue, seed, variant, voices)
-                    yield Unit(unit_id, job)
+                unit = dialogue_unit("synthetic", dialogue, seed, variant, voices, CORPUS_FACTS)
+                if unit.id not in done:
+                    yield unit
             variant += 1
 
     return Source("synthetic", "1", units(), endless=True)
 
 
+def dialogue_unit(
+    source: str, dialogue: synthetic_voices.Dialogue, seed: int, variant: int, voices: list[str], facts: dict
+) -> Unit:
+    """One variant of a dialogue; `facts` say where its texts are from and what may be done with them."""
+    unit_id = f"{dialogue.name}-s{seed}-v{variant}"
+    spoken = functools.partial(synthetic_voices.speak_dialogue, dialogue, seed, variant, voices)
+    return Unit(unit_id, functools.partial(collect_dialogue, source, dialogue.name, unit_id, spoken, facts))
+
+
 def collect_dialogue(
-    source: str, dialogue: synthetic_voices.Dialogue, seed: int, variant: int, voices: list[str], **facts: object
+    source: str, name: str, unit_id: str, speak: Callable[[], list[synthetic_voices.SpokenTurn]], facts: dict
 ) -> UnitResult:
-    """Speak one variant of a dialogue; `facts` of its texts, where they are not the project's own."""
-    turns = synthetic_voices.speak_dialogue(dialogue, seed, variant, voices)
-    conversation = f"{source}:{dialogue.name}-s{seed}-v{variant}"
-    own = {"license": synthetic_voices.LICENSE, "license_url": CC0_URL, "attribution": ATTRIBUTION}
-    facts = own | {"redistributable": True} | facts
+    """Speak one variant of the dialogue `name`."""
+    conversation = f"{source}:{unit_id}"
     return sort_results(
         make_turn(
             turn.samples,
@@ -245,7 +255,7 @@ def collect_dialogue(
             turn.text,
             utt_id=f"{conversation}-{turn.index:02d}",
             source=source,
-            split_group=f"{source}:{dialogue.name}",  # all variants share their words
+            split_group=f"{source}:{name}",  # all variants share their words
             conv_key=conversation,
             turn_index=turn.index,
             start_s=round(turn.start_s, 4),
@@ -256,7 +266,7 @@ def collect_dialogue(
             synthetic=True,
             **facts,
         )
-        for turn in turns
+        for turn in speak()
     )
 
 
@@ -272,11 +282,9 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
     synthetic_voices.check_voice()
     wordnet = given / WORDNET
     if given.is_file():
-        sentences, facts = (
-            read_sentences(given),
-            {"license": "NOASSERTION", "license_url": "", "redistributable": False},
-        )
-        facts["attribution"] = f"sentences of {given.name}, {synthetic_voices.VOICE_ATTRIBUTION}"
+        attribution = f"sentences of {given.name}, {synthetic_voices.VOICE_ATTRIBUTION}"
+        facts = {"license": "NOASSERTION", "license_url": "", "attribution": attribution, "redistributable": False}
+        sentences = read_sentences(given)
     elif wordnet.is_dir():
         sentences, facts = read_wordnet(wordnet), WORDNET_FACTS
     else:
@@ -293,23 +301,19 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
     def units() -> Iterator[Unit]:
         for group in groups:
             name = hashlib.sha256("\n".join(group).encode()).hexdigest()[:12]
-            unit_id = f"{name}-s{seed}-v0"
-            if unit_id not in done:
-                lines = [synthetic_voices.Line("A", "neutral", text) for text in group]
-                dialogue = synthetic_voices.Dialogue(name, "sentences", lines)
-                job = functools.partial(collect_dialogue, "sentences", dialogue, seed, 0, voices, **facts)
-                yield Unit(unit_id, job)
+            lines = [synthetic_voices.Line("A", "neutral", text) for text in group]
+            dialogue = synthetic_voices.Dialogue(name, "sentences", lines)
+            unit = dialogue_unit("sentences", dialogue, seed, 0, voices, facts)
+            if unit.id not in done:
+                yield unit
 
     return Source("sentences", "1", units(), endless=not given.is_file())
 
 
 def read_sentences(path: Path) -> list[str]:
     """The lines of a UTF-8 text that can be read aloud as they stand, each once. ValueError: not UTF-8."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-    return list(dict.fromkeys(line.strip() for line in lines if can_be_read(line.strip())))
+    lines = (line.strip() for line in read_utf8(path).splitlines())
+    return list(dict.fromkeys(line for line in lines if can_be_read(line)))
 
 
 def read_wordnet(folder: Path) -> list[str]:
@@ -394,14 +398,19 @@ def read_folder(folder: Path) -> list[Recording]:
     return turns
 
 
+def read_utf8(path: Path) -> str:
+    """With or without a byte order mark. ValueError: not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+
+
 def read_manifest(path: Path) -> list[Recording]:
     """Turns of a JSONL or CSV manifest. ValueError names the columns that are missing, or the bad lines."""
     if path.suffix.lower() not in (".jsonl", ".csv"):
         raise ValueError(f"--input {path}: expected a folder, a .jsonl or a .csv manifest")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    content = read_utf8(path)
     rows: list[tuple[int, dict]] = []
     problems = []
     if path.suffix.lower() == ".csv":
