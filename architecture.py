@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from cross_attention import (
     guidance_loss,
     guided_rows,
 )
-from frames import IGNORE, Rows
+from frames import IGNORE, Rows, send
 from model_sizes import PRESETS, CSMConfig, Memory, frame_cost, inference_memory, preset, training_memory
 from transformer import Allowed, KVCache, Transformer, rope_frequencies
 
@@ -70,6 +70,35 @@ class Traces:
     turns: TurnTimes | None = None  # of a model with a memory, without a cache
     maps: list[Tensor] = field(default_factory=list)  # (B, H, audio rows, text rows) of each cross-attention layer
     expected_prosody: Tensor | None = None  # (B, T, F)
+
+
+class Places(NamedTuple):
+    """What the structure of a batch says before the model runs.
+
+    Its sizes depend on the batch: found where the batch is made, a step on another device never waits for them.
+    """
+
+    codebook0: Tensor  # (n,) indices into B * T of the rows with a target in codebook 0
+    text: Tensor  # (n,) and of those with a text target
+    spans: list[list[int]]  # lengths of each row's documents
+    streams: Streams | None  # of a model with cross-attention
+    turns: TurnTimes | None  # of a model with a memory
+
+    def to(self, device: torch.device) -> Places:
+        parts = (part and type(part)(*(send(tensor, device) for tensor in part)) for part in (self.streams, self.turns))
+        return Places(send(self.codebook0, device), send(self.text, device), self.spans, *parts)
+
+
+def find_places(rows: Rows, config: CSMConfig) -> Places:
+    """Of (B, T) rows, as far as a model of this config needs them."""
+    live = rows.targets[..., [0, -1]].flatten(0, 1) != IGNORE  # (B T, 2)
+    return Places(
+        live[:, 0].nonzero().squeeze(1),
+        live[:, 1].nonzero().squeeze(1),
+        rows.spans(),
+        find_streams(rows) if config.cross_layers else None,
+        find_turns(rows) if config.has_memory else None,
+    )
 
 
 class CSMCache:
@@ -189,10 +218,10 @@ class CSM(nn.Module):
         if rows.tokens.size(1) > c.max_positions:
             raise ValueError(f"{rows.tokens.size(1)} rows are more than the model's max_positions={c.max_positions}")
         traces = Traces() if traces is None else traces
-        if self.memory is not None and cache is None:
+        if self.memory is not None and cache is None and traces.turns is None:
             traces.turns = find_turns(rows)
         crossing = {layer: index for index, layer in enumerate(c.cross_layers)}
-        if crossing:
+        if crossing and traces.streams is None:
             traces.streams = find_streams(rows, cache and cache.streams)
 
         def between(layer: int, x: Tensor) -> Tensor:
@@ -248,21 +277,25 @@ class CSM(nn.Module):
         guidance: bool = False,
         shown: Tensor | None = None,
         semantic_rows: Tensor | None = None,
+        places: Places | None = None,
     ) -> Terms:
         """Sums of the terms of a batch; `depth_rows` (N,) indexes the B * T rows whose frame the depth decoder learns.
 
         Compute amortization (Sesame, section "Compute amortization"): codebook 0 on every frame, the depth decoder on
         a random share of them. Deviation: of the frames of `semantic_rows` (M,) it learns the semantic codebooks, which
-        carry the words and are a third of the work. `shown` as in `hidden`. `count_targets` has the counts.
+        carry the words and are a third of the work. `shown` as in `hidden`. With `places`, those of the rows, nothing
+        is read back from the device. `count_targets` has the counts.
         """
-        traces = Traces()
-        on_cpu = rows.tokens.device.type == "cpu"  # elsewhere a mask: reading spans would wait for the device
-        allowed = rows.spans() if on_cpu else rows.allowed()
+        places = places or find_places(rows, self.config)
+        traces = Traces(places.streams, places.turns)
+        allowed = places.spans if rows.tokens.device.type == "cpu" else rows.allowed()
         states = self.hidden(rows, allowed, traces=traces, maps=guidance, shown=shown)
         states = states.flatten(0, 1)  # (B T, D)
         targets = rows.targets.flatten(0, 1)  # (B T, K + 1)
-        codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0])
-        text = _summed_nats(self.text_logits, states, targets[:, -1]) if self.config.text_head else states.new_zeros(())
+        codebook0 = _summed_nats(self.codebook0_head, states, targets[:, 0], places.codebook0)
+        text = codebook0.new_zeros(())
+        if self.config.text_head:
+            text = _summed_nats(self.text_logits, states, targets[:, -1], places.text)
 
         depth = self._depth_nats(states, targets[:, :-1], depth_rows)
         if semantic_rows is not None:  # also none at all: processes that share out a model must call it alike
@@ -283,22 +316,27 @@ class CSM(nn.Module):
         return F.cross_entropy(logits, codes[:, 1:], ignore_index=IGNORE, reduction="none").sum(dim=0)
 
 
-def _summed_nats(head, states: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy summed over the rows that have a target; the others cost no head."""
-    live = (targets != IGNORE).nonzero().squeeze(1)
+def _summed_nats(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, live: Tensor) -> Tensor:
+    """Cross entropy summed over the rows `live`; the others cost no head."""
     return F.cross_entropy(head(states[live]).float(), targets[live], reduction="sum")
 
 
 def count_targets(
-    rows: Rows, depth_rows: Tensor, guidance: bool = False, semantic_rows: Tensor | None = None, n_semantic: int = 1
+    rows: Rows,
+    depth_rows: Tensor,
+    guidance: bool = False,
+    semantic_rows: Tensor | None = None,
+    n_semantic: int = 1,
+    places: Places | None = None,
 ) -> Terms:
     """How many targets each term of `CSM.loss` sums over; known before the model runs."""
+    streams, turns = (None, None) if places is None else (places.streams, places.turns)
     live = rows.targets != IGNORE
     depth = live.flatten(0, 1)[depth_rows, 1:-1].sum(dim=0)
     if semantic_rows is not None:
         depth[: n_semantic - 1] += live.flatten(0, 1)[semantic_rows, 1:n_semantic].sum(dim=0)
-    guided = guided_rows(find_streams(rows), rows).sum() if guidance else torch.tensor(0)
-    features = (~prosody_targets(rows, find_turns(rows)).isnan()).sum()
+    guided = guided_rows(streams or find_streams(rows), rows).sum() if guidance else torch.tensor(0)
+    features = (~prosody_targets(rows, turns or find_turns(rows)).isnan()).sum()
     return Terms(live[..., 0].sum(), depth, live[..., -1].sum(), guided, features)
 
 

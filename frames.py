@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     prosody: Tensor  # (T, F) float32 of the row's turn, nan where not measured
 
     def to(self, device: torch.device | str) -> Rows:
-        return Rows(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Rows(*(send(tensor, device) for tensor in self))
 
     def batch(self) -> Rows:
         """One sequence as a batch of one."""
@@ -63,6 +63,12 @@ class Rows(NamedTuple):
         T = self.documents.size(1)
         same = self.documents[:, :, None] == self.documents[:, None, :]
         return (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To another device; from the CPU to a GPU through pinned memory, so that neither waits for the other."""
+    to_gpu = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if to_gpu else tensor).to(device, non_blocking=True)
 
 
 @dataclass

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from architecture import CSM, WEIGHTS_KIND, Terms, count_targets, pick_depth_rows
+from architecture import CSM, WEIGHTS_KIND, Places, Terms, count_targets, find_places, pick_depth_rows
 from checkpointing import load_newest_state, save_state, save_weights, write_atomically
 from command_line import EXIT_DONE, EXIT_SIGTERM, StopSignals
 from dataset_pipeline import ConversationDataset
 from fine_tuning import merged_state
-from frames import IGNORE, Rows
+from frames import IGNORE, Rows, send
 from history_corruption import Corruption, corrupt
 from parallel import begin_moments, distribute, gather, restore, training_state, whole
 from ranks import Ranks
@@ -137,11 +137,13 @@ def batch_losses(
     guidance: bool = False,
     shown: Tensor | None = None,
     semantic_rows: Tensor | None = None,
+    places: Places | None = None,
 ) -> Terms:
     """Summed losses of one batch on `device`."""
-    others = [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (shown, semantic_rows)]
+    others = [None if tensor is None else send(tensor, device) for tensor in (shown, semantic_rows)]
+    others.append(places and places.to(device))
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model(batch.to(device), depth_rows.to(device, non_blocking=True), guidance, *others)
+        return model(batch.to(device), send(depth_rows, device), guidance, *others)
 
 
 def weighted_mean(sums: Terms, counts: Terms, weights: Terms) -> Tensor:
@@ -177,20 +179,23 @@ def gradient_step(
     weights = term_weights(step, c, model.config)
     guided = weights.guidance > 0
     micro = [Micro(*each) for each in micro]
-    S = model.config.n_semantic
-    own = add([count_targets(each.rows, each.depth_rows, guided, each.semantic_rows, S) for each in micro])
-    counts = over_processes(own, ranks, device)
-    on_device = Terms(*(count.to(device) for count in counts))
+    places = [find_places(each.rows, model.config) for each in micro]
+    each_own = (
+        count_targets(rows, depth_rows, guided, semantic_rows, model.config.n_semantic, found)
+        for (rows, depth_rows, _, semantic_rows), found in zip(micro, places, strict=True)
+    )
+    own = Terms(*(send(count, device) for count in add(list(each_own))))
+    counts = over_processes(own, ranks)
     parts = []
-    for index, each in enumerate(micro):
-        last = index + 1 == len(micro)
+    for each, found in zip(micro, places, strict=True):
+        last = found is places[-1]
         with contextlib.nullcontext() if last or not hasattr(loss, "no_sync") else loss.no_sync():
-            sums = batch_losses(loss, *each[:2], device, c.bf16, guided, *each[2:])
-            (ranks.n * weighted_mean(sums, on_device, weights)).backward()  # gradients are averaged, counts are of all
+            sums = batch_losses(loss, *each[:2], device, c.bf16, guided, *each[2:], found)
+            (ranks.n * weighted_mean(sums, counts, weights)).backward()  # gradients are averaged, counts are of all
         parts.append(Terms(*(part.detach() for part in sums)))
-    sums = over_processes(add(parts), ranks, device)
+    sums = over_processes(add(parts), ranks)
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm))
-    refuse_update(sums, on_device, grad_norm, model.config.audio_vocab_size)
+    refuse_update(sums, counts, grad_norm, model.config.audio_vocab_size)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return sums, counts, grad_norm
@@ -208,11 +213,11 @@ def refuse_update(sums: Terms, counts: Terms, grad_norm: Tensor, n_codes: int) -
         )
 
 
-def over_processes(terms: Terms, ranks: Ranks, device: torch.device) -> Terms:
-    """Sums or counts of all processes."""
+def over_processes(terms: Terms, ranks: Ranks) -> Terms:
+    """Sums or counts of all processes, on the device of this one's."""
     if ranks.n == 1:
         return terms
-    flat = ranks.sum(torch.cat([term.reshape(-1).double() for term in terms]).to(device))
+    flat = ranks.sum(torch.cat([term.reshape(-1).double() for term in terms]))
     parts = flat.split([term.numel() for term in terms])
     return Terms(*(part.view(term.shape).to(term) for part, term in zip(parts, terms, strict=True)))
 
@@ -255,9 +260,11 @@ def evaluate_losses(
     for row in dataset.plan(seed=0, epoch=0)[:max_rows]:
         batch = dataset.collate([row], seeds=None)
         depth_rows = pick_depth_rows(batch.targets, 1.0, torch.Generator())
-        sums.append(batch_losses(model, batch, depth_rows, device))
-        counts.append(count_targets(batch, depth_rows))
-        others.append(batch_losses(model, with_other_text(batch), depth_rows[:0], device).codebook0)
+        places = find_places(batch, model.config)
+        sums.append(batch_losses(model, batch, depth_rows, device, places=places))
+        counts.append(count_targets(batch, depth_rows, places=places))
+        no_text = places._replace(text=places.text[:0])
+        others.append(batch_losses(model, with_other_text(batch), depth_rows[:0], device, places=no_text).codebook0)
     model.train(was_training)
     values, frames = named_losses(add(sums), add(counts), "val"), int(add(counts).depth.max())
     depth = [values[f"codebooks_val/{k:02d}"] for k in range(1, model.config.n_codebooks)]

@@ -1,5 +1,6 @@
 """The speech model: equality with transformers' csm, additions, losses, amortization, saving, impossible configs."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from conftest import full_config, full_model, tiny_config, tiny_model
 
 import architecture
+import conversational_memory
 from architecture import (
     CSM,
     CSMCache,
     Terms,
     count_targets,
+    find_places,
     load_model,
     parameter_table,
     pick_depth_rows,
@@ -250,6 +253,29 @@ def test_the_semantic_codebooks_of_more_frames_are_learnt_as_if_those_frames_wer
         assert torch.equal(counts.depth[end], count_targets(rows, picked).depth[end])
     assert 1 < S < model.config.n_codebooks
     assert torch.equal(model.loss(rows, few, semantic_rows=more[:0]).depth, model.loss(rows, few).depth)
+
+
+def test_a_step_reads_nothing_back_from_its_device(monkeypatch):
+    """The meta device holds no values, so that what would wait for one is an error there; it has no autocast."""
+    monkeypatch.setattr(conversational_memory, "in_own_precision", lambda x: contextlib.nullcontext())
+    model = full_model(acoustic_delay=3)
+    rows = conversation_rows(model.config, orders=ORDERS, n_turns=3)
+    every, places = every_frame(rows), find_places(rows, model.config)
+    shown = rows.mask & (torch.rand(rows.mask.shape) < 0.8)
+    arguments = (rows, every[::3], True, shown, every[1::3], places)
+    here = model.loss(*arguments)
+    assert all(float(part.detach().sum()) > 0 for part in here)
+    assert_close(here, model.loss(*arguments[:-1]), atol=0, rtol=0)  # found by the model itself
+
+    there = [part.to("meta") for part in arguments if part is not True]
+    there.insert(2, True)
+    model.to("meta")
+    losses = model.loss(*there)
+    assert [loss.shape for loss in losses] == [part.shape for part in here]
+    sum(loss.sum() for loss in losses).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(NotImplementedError, match="meta"):
+        model.loss(*there[:-1])
 
 
 def test_amortized_losses_are_sums_over_the_picked_frames_only(model):
