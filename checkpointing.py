@@ -68,11 +68,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all; OSError when it cannot be written."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as file:
-        file.write(serialize(own))
+        file.write(serialize(own, metadata))
 
 
 def save_weights(folder: Path, kind: str, config: dict, tensors: dict[str, torch.Tensor]) -> None:

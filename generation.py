@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -207,7 +207,7 @@ class Conversation:
             ids, codes, prompt_length(self.text_tokenizer, speaker, ids), "speak", gap_seconds * FRAME_RATE, prosody
         )
         self._make_room(self.layout.turn_length(len(ids), len(codes)))
-        before = self._before()
+        before = self.standing()
         self._read(self.layout.turn_rows(turn, self.clock))
         self._keep(turn, before)
 
@@ -219,7 +219,7 @@ class Conversation:
         codes, samples = self._heard(samples, codes)
         prompt = turn_prompt(self.text_tokenizer, speaker)
         self._make_room(self.layout.turn_length(len(prompt) + self.sampling.max_text_ids, len(codes)))
-        before = self._before()
+        before = self.standing()
         turn = Turn(list(prompt), codes, len(prompt), "listen", gap_seconds * FRAME_RATE)
         hidden = self._read(self.layout.turn_rows(turn, self.clock, ends=False))
         while turn.text_ids[-1] != self.text_tokenizer.eos:
@@ -244,7 +244,7 @@ class Conversation:
             prompt = ids[: prompt_length(self.text_tokenizer, speaker, ids)]
         n_text = len(ids) if text is not None else len(prompt) + self.sampling.max_text_ids
         self._make_room(self.layout.turn_length(n_text, self.sampling.max_frames))
-        before = self._before()
+        before = self.standing()
         order = "speak" if text is not None else "joint"
         turn = Turn(list(ids), None, len(prompt), order, gap_seconds * FRAME_RATE)
         self.clock.begin_turn(turn.gap)
@@ -291,6 +291,26 @@ class Conversation:
         """Answer as `speaker` with text and voice of the model's own. ValueError for a model without a text head."""
         return self.speak(speaker, None, gap_seconds)
 
+    def restore(self, kept: Sequence[KeptTurn], clock: Clock, memory: MemoryState | None) -> None:
+        """Stand where a conversation stood whose window held the turns `kept`; they are read anew, each with the memory
+        as it was before it. The random draws stay those of this one."""
+        self.cache.forget_context()
+        self.kept, position = [], 0
+        for turn in kept:
+            own = turn.clock.copy()
+            own.position = position
+            self.kept.append(turn._replace(clock=own.copy()))
+            self._recall(turn.memory)
+            self._read(self.layout.turn_rows(turn.turn, own))
+            position = own.position
+        self._recall(memory)
+        self.clock = clock.copy()
+        self.clock.position = position
+
+    def standing(self) -> tuple[Clock, MemoryState | None]:
+        """When the next turn begins, and what the memory holds."""
+        return self.clock.copy(), None if self.cache.memory is None else self.cache.memory.state
+
     def _need_text_head(self, verb: str) -> None:
         if not self.model.config.text_head:
             raise ValueError(f"the model cannot {verb}: it was trained with text_head=False")
@@ -336,9 +356,6 @@ class Conversation:
         self.layout.end_turn(turn, self.clock)
         self._keep(turn, before)
 
-    def _before(self) -> tuple[Clock, MemoryState | None]:
-        return self.clock.copy(), None if self.cache.memory is None else self.cache.memory.state
-
     @torch.inference_mode()
     def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None]) -> None:
         self.kept.append(KeptTurn(turn, *before))
@@ -364,22 +381,7 @@ class Conversation:
             dropped += 1
         if dropped:
             warnings.warn(f"{dropped} oldest turns left the context of {limit} positions", stacklevel=3)
-            self._forget(dropped)
-
-    def _forget(self, dropped: int) -> None:
-        """Read the newer turns anew, each with the memory as it was before it; the memory now stays as it is."""
-        newest = self._before()[1]
-        self.cache.forget_context()
-        kept, self.kept, position = self.kept[dropped:], [], 0
-        for turn in kept:
-            clock = turn.clock.copy()
-            clock.position = position
-            self.kept.append(turn._replace(clock=clock.copy()))
-            self._recall(turn.memory)
-            self._read(self.layout.turn_rows(turn.turn, clock))
-            position = clock.position
-        self._recall(newest)
-        self.clock.position = position
+            self.restore(self.kept[dropped:], *self.standing())
 
     def _recall(self, state: MemoryState | None) -> None:
         """Let the next turn be read with this memory, if the model has one."""

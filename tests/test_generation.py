@@ -443,10 +443,10 @@ def test_turns_read_anew_see_the_memory_as_it_was_before_them(talk):
         conversation = talk(own=full_model())
         conversation.add_turn(0, "some words", codes=some_codes(20), gap_seconds=0.4)
         if forget_first:
-            conversation._forget(1)
+            conversation.restore(conversation.kept[1:], *conversation.standing())
         conversation.add_turn(1, "other words", codes=some_codes(30, 1), gap_seconds=0.4)
         if not forget_first:
-            conversation._forget(1)
+            conversation.restore(conversation.kept[1:], *conversation.standing())
         assert len(conversation.turns) == 1
         caches.append(conversation.cache.keys)
     n = caches[0].length

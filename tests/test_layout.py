@@ -39,6 +39,7 @@ LEVELS = (
     {"generation"},
     {
         "codec_probes",
+        "conversation_state",
         "fine_tuning",
         "spoken_validation",
         "synthetic_voices",
