@@ -73,10 +73,15 @@ def load_clips(
     chosen = set(gains)
     if limit is not None and limit < len(metadata):
         chosen = set(random.Random(seed).sample(sorted(chosen), limit))
+    return read_clips(data_dir, {utt_id: gains[utt_id] for utt_id in chosen})
+
+
+def read_clips(data_dir: Path, gains: dict[str, float]) -> list[tuple[TurnRecord, np.ndarray]]:
+    """The turns named in `gains`, without their bytes, and their samples (N,) at 24 kHz times that gain."""
     return [
         (dataclasses.replace(turn, audio=None), read_audio(turn.audio)[0] * np.float32(gains[turn.utt_id]))
         for turn in read_turns(data_dir, with_audio=True)
-        if turn.utt_id in chosen
+        if turn.utt_id in gains
     ]
 
 

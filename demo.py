@@ -1,32 +1,34 @@
-"""Hear a checkpoint speak: python demo.py --mode test
+"""Talk with a trained model: python demo.py
 
-Speaks fixed conversations to wav files and measures, for each turn, its duration, the time to its first audio and the
-real-time factor (compute time over audio time, below 1 is faster than speech).
+    interactive   a terminal: what you type is spoken, /help lists the commands
+    test          fixed conversations to wav files
+    batch         the conversations of a JSON file to wav files; --schema prints its form
+
+Measured for each turn: its duration, the time to its first audio and the real-time factor (compute time over audio
+time, below 1 is faster than speech).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import statistics
+import sys
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from architecture import CSM, load_model
-from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
-from audio_tokenizer import AudioTokenizer
+from audio import read_audio
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
-from generation import Conversation, Reply, Sampling
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, only_run_in, run
+from generation import Sampling
+from ranks import use_threads
 from run_folder import describe_environment, read_settings
-from rvq_tokenizer import load_tokenizer
-from text_tokenizer import load_text_tokenizer
+from spoken_conversations import SCHEMA, Request, Voice, Worker, answer_all, read_requests
+from terminal_chat import Chat
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
     "one-sentence": [(0, "Good morning, it is nice to hear from you.")],
@@ -41,7 +43,9 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
         (1, "That is fantastic! When do you start?"),
     ],
 }
-GAP_SECONDS = 0.3  # of silence between the turns of a conversation's file
+MODES = ("interactive", "test", "batch")
+TURN_SECONDS = {"interactive": 10.0, "test": 5.0, "batch": 10.0}  # defaults of --max_seconds ...
+LEAST_SECONDS = {"interactive": 0.0, "test": 1.5, "batch": 0.0}  # ... and --min_seconds
 FEW_STEPS = 5000  # below this a model of any size babbles
 BABBLE = (
     "This model was trained for {steps} steps, so its voice babbles: speech-like sound without words. To read its "
@@ -49,141 +53,168 @@ BABBLE = (
 )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shown = " (default: %(default)s)"
+    add = parser.add_argument
+    add("--mode", choices=MODES, default="interactive", help="see above" + shown)
+    add("--checkpoint", default="runs/minimal", help="folder of a trained model, or sesame/csm-1b" + shown)
+    add("--tokenizer", default="runs/tokenizer", help="folder of its tokenizer, or kyutai/mimi" + shown)
+    add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
+    add("--device", default="cpu", help="auto, cpu or cuda" + shown)
+    add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
+    add("--seed", type=int, default=0, help="of the draws" + shown)
+
+    group = parser.add_argument_group("how it speaks")
+    add = group.add_argument
+    add("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + shown)
+    add("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + shown)
+    add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
+    add("--max_seconds", type=float, help="cut a turn that has not ended (default: 10, in the test 5)")
+    add("--min_seconds", type=float, help="a turn does not end before (default: 0, in the test 1.5)")
+    add("--voice", type=Path, help="wav, flac, ogg or mp3 that speaker 0 is to sound like; needs --voice_text")
+    add("--voice_text", help="what is said in --voice")
+
+    group = parser.add_argument_group("--mode interactive")
+    group.add_argument("--data", type=Path, default=Path("data"), help="collected data, for /voice NAME" + shown)
+    play = "play replies, where there are a sound device and the package sounddevice" + shown
+    group.add_argument("--play", action=argparse.BooleanOptionalAction, default=True, help=play)
+
+    group = parser.add_argument_group("--mode batch")
+    add = group.add_argument
+    add("--input", type=Path, metavar="JSON", help="the conversations; those that lie in --out already are kept")
+    add("--schema", action="store_true", help="print the form of --input as a JSON Schema, and end")
+    add("--workers", type=int, default=1, help="processes, each with a model of its own" + shown)
+    return parser
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXIT_CODES_HELP)
-    defaults = " (default: %(default)s)"
-    parser.add_argument("--mode", choices=["test"], default="test", help="test: speak fixed conversations" + defaults)
-    parser.add_argument(
-        "--checkpoint", type=Path, default=Path("runs/minimal"), help="folder of a trained model" + defaults
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=Path("runs/tokenizer"),
-        help="folder of its tokenizer, or kyutai/mimi" + defaults,
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder for wav files and summary" + defaults
-    )
-    parser.add_argument(
-        "--voice", type=Path, help="wav, flac, ogg or mp3 that speaker 0 is to sound like; needs --voice_text"
-    )
-    parser.add_argument("--voice_text", help="what is said in --voice")
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + defaults)
-    parser.add_argument("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
-    parser.add_argument("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + defaults)
-    parser.add_argument("--max_seconds", type=float, default=5.0, help="cut a turn that has not ended" + defaults)
-    parser.add_argument("--min_seconds", type=float, default=1.5, help="a turn does not end before" + defaults)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws" + defaults)
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + defaults
-    )
+    parser = build_parser()
     args = parser.parse_args(argv)
     if (args.voice is None) != (args.voice_text is None):
         parser.error("--voice and --voice_text go together: the clip and what is said in it")
+    if (args.input is not None) != (args.mode == "batch") and not args.schema:
+        parser.error("--mode batch and --input JSON go together")
+    if args.threads < 1 or args.workers < 1:
+        parser.error("--threads and --workers must be at least 1")
+    if args.out is None:
+        args.out = Path("runs/demo") if args.mode == "test" else Path("runs/demo") / args.mode
+    if args.max_seconds is None:
+        args.max_seconds = TURN_SECONDS[args.mode]
+    if args.min_seconds is None:
+        args.min_seconds = min(LEAST_SECONDS[args.mode], args.max_seconds)
     return args
 
 
-def speak_conversation(conversation: Conversation, turns: list[tuple[int, str]], folder: Path, bar: tqdm) -> list[dict]:
-    """Speak the turns, write one wav per turn and `conversation.wav`; one row of measurements per turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pieces, rows = [], []
-    for number, (speaker, text) in enumerate(turns, start=1):
-        reply = conversation.speak(speaker, text)
-        path = folder / f"turn-{number}-speaker-{speaker}.wav"
-        if len(reply.samples):
-            write_wav(path, reply.samples)
-            pieces += [reply.samples, np.zeros(int(GAP_SECONDS * SAMPLE_RATE), dtype=np.float32)]
-        rows.append(measure(reply, speaker, text, path))
-        bar.update()
-    if pieces:
-        write_wav(folder / "conversation.wav", np.concatenate(pieces[:-1]))
-    return rows
+def voice_of(args: argparse.Namespace) -> Voice:
+    """What speaks. ValueError for sampling that cannot work."""
+    names = ("temperature", "top_k", "codebooks", "max_seconds", "min_seconds")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed)
 
 
-def measure(reply: Reply, speaker: int, text: str, path: Path) -> dict:
-    """What is reported of a turn; numbers that an empty turn does not have are None."""
-    numbers = {
-        "seconds": reply.duration,
-        "seconds_to_first_audio": reply.seconds_to_first_audio,
-        "real_time_factor": reply.real_time_factor,
-        "level_dbfs": float(rms_dbfs(reply.samples)),
-    }
-    finite = {name: round(value, 4) if math.isfinite(value) else None for name, value in numbers.items()}
-    file = str(path) if len(reply.samples) else None
-    return {"speaker": speaker, "text": text, "file": file, **finite, "ended_by_itself": reply.ended}
+def test_requests(args: argparse.Namespace) -> list[Request]:
+    """The fixed conversations, with the voice of `--voice`."""
+    voices = {} if args.voice is None else {"0": {"audio": str(args.voice.resolve()), "text": args.voice_text}}
+    requests = []
+    for index, (name, lines) in enumerate(TEST_CONVERSATIONS.items()):
+        turns = [{"speaker": speaker, "text": text} for speaker, text in lines]
+        requests.append(Request(index, name, {"voices": voices, "turns": turns}, Path()))
+    return requests
 
 
-def warm_up(model: CSM, tokenizer: AudioTokenizer) -> None:
-    """One short turn, so that the first measured turn does not pay for first calls."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        talk = Conversation(
-            model, tokenizer, load_text_tokenizer(model.config.text_tokenizer), sampling=Sampling(max_seconds=0.4)
-        )
-        talk.speak(0, "Hello.")
+def speak_all(args: argparse.Namespace) -> int:
+    """The modes test and batch."""
+    requests, results = read_requests(args.input) if args.mode == "batch" else (test_requests(args), [])
+    worker = Worker(voice_of(args), args.out, args.threads)
+    with only_run_in(args.out):
+        start = time.perf_counter()
+        bar = tqdm(total=len(requests), desc="speaking", unit="conversation")
+        with bar, contextlib.closing(answer_all(requests, worker, min(args.workers, len(requests) or 1))) as answers:
+            for result in answers:
+                results.append(result)
+                bar.update()
+        results.sort(key=lambda result: result["index"])
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        summary = {"settings": settings, "environment": describe_environment(), "conversations": results}
+        write_atomically(args.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    print_results(results, args.max_seconds)
+    note_training(args.checkpoint)
+    failed = sum(result["status"] == "failed" for result in results)
+    counts = f"{len(results) - failed} conversations done, {failed} failed; " if failed else ""
+    print(f"{counts}wav files and summary.json in {args.out}, {time.perf_counter() - start:.0f} s")
+    return EXIT_PARTIAL if failed else EXIT_DONE
 
 
-def test_mode(args: argparse.Namespace, model: CSM, tokenizer: AudioTokenizer) -> dict[str, list[dict]]:
-    """Speak all fixed conversations; rows per conversation."""
-    text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_seconds=args.max_seconds,
-        min_seconds=args.min_seconds,
-        codebooks=args.codebooks,
-    )
-    voice = read_audio(args.voice)[0] if args.voice else None
-    results = {}
-    n_turns = sum(len(turns) for turns in TEST_CONVERSATIONS.values())
-    with tqdm(total=n_turns, desc="speaking", unit="turn") as bar:
-        for name, turns in TEST_CONVERSATIONS.items():
-            conversation = Conversation(model, tokenizer, text_tokenizer, sampling=sampling, seed=args.seed)
-            if voice is not None:
-                conversation.add_turn(0, args.voice_text, samples=voice)
-            results[name] = speak_conversation(conversation, turns, args.out / name, bar)
-    return results
-
-
-def print_results(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
+def print_results(results: list[dict], max_seconds: float) -> None:
     timing = f"{'first audio':>13}{'real-time factor':>18}"
     print(f"{'conversation':14}{'turn':>5}{'speaker':>8}{'seconds':>9}{timing}{'level':>9}  end")
-    rows = [(name, number, row) for name, group in results.items() for number, row in enumerate(group, start=1)]
-    for name, number, row in rows:
-        if row["file"] is None:
-            print(f"{name:14}{number:>5}{row['speaker']:>8}{'empty':>9}")
-            continue
-        level = f"{row['level_dbfs']:.1f} dB" if row["level_dbfs"] is not None else "silent"
-        end = "by itself" if row["ended_by_itself"] else f"cut at {args.max_seconds:g} s"
-        timing = f"{row['seconds_to_first_audio'] * 1000:>10.0f} ms{row['real_time_factor']:>18.2f}"
-        print(f"{name:14}{number:>5}{row['speaker']:>8}{row['seconds']:>9.2f}{timing}{level:>9}  {end}")
-    spoken = [row for _, _, row in rows if row["file"]]
+    for result in results:
+        for number, row in enumerate(result.get("turns", ()), start=1):
+            print(f"{result['id']:14}{number:>5}{row['speaker']:>8}{describe_turn(row, max_seconds)}")
+        if result["status"] != "done":
+            print(f"{result['id']:14}{result['status']:>13}  {result.get('reason', 'from an earlier run')}")
+    spoken = [row for result in results for row in result.get("turns", ()) if row.get("file")]
     if spoken:
         first = statistics.median(row["seconds_to_first_audio"] for row in spoken) * 1000
         factor = statistics.median(row["real_time_factor"] for row in spoken)
         print(f"median: first audio after {first:.0f} ms, real-time factor {factor:.2f}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_flags(argv)
-    if args.threads < 1:
-        raise ValueError(f"--threads {args.threads} must be at least 1")
-    torch.set_num_threads(args.threads)
-    with only_run_in(args.out):
-        model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
-        start = time.perf_counter()
-        warm_up(model, tokenizer)
-        results = test_mode(args, model, tokenizer)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        summary = {"settings": settings, "environment": describe_environment(), "conversations": results}
-        write_atomically(args.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    print_results(results, args)
-    steps = ((read_settings(args.checkpoint) or {}).get("train") or {}).get("max_steps")
+def describe_turn(row: dict, max_seconds: float) -> str:
+    """The columns of a turn from its duration on."""
+    if "heard" in row:
+        return f"{row['seconds']:>9.2f}{'heard':>13}"
+    if row["file"] is None:
+        return f"{'empty':>9}"
+    level = f"{row['level_dbfs']:.1f} dB" if row["level_dbfs"] is not None else "silent"
+    end = "by itself" if row["ended_by_itself"] else f"cut at {max_seconds:g} s"
+    timing = f"{row['seconds_to_first_audio'] * 1000:>10.0f} ms{row['real_time_factor']:>18.2f}"
+    return f"{row['seconds']:>9.2f}{timing}{level:>9}  {end}"
+
+
+def note_training(checkpoint: str) -> None:
+    """Say so if the model was trained too little to be understood."""
+    steps = ((read_settings(Path(checkpoint)) or {}).get("train") or {}).get("max_steps")
     if steps is not None and steps < FEW_STEPS:
         print(BABBLE.format(steps=steps))
-    print(f"wav files and summary.json in {args.out}, {time.perf_counter() - start:.0f} s")
-    return EXIT_DONE
+
+
+def chat(args: argparse.Namespace) -> int:
+    """The mode interactive."""
+    voice = voice_of(args)
+    use_threads(args.threads)
+    clip = read_audio(args.voice)[0] if args.voice else None
+    with only_run_in(args.out):
+        engine = voice.load()
+        engine.warm_up()
+        note_training(args.checkpoint)
+        talk = Chat(engine, args.out, args.data, args.play)
+        if clip is not None:
+            talk.use_voice(str(args.voice), clip, args.voice_text)
+        print("type what speaker 0 says; /help lists the commands, /quit ends")
+        return talk.run(typed_lines(talk))
+
+
+def typed_lines(talk: Chat) -> Iterator[str]:
+    """What is typed or piped in, to its end."""
+    with contextlib.suppress(ImportError):  # line editing, where the system has it
+        import readline  # noqa: F401 - input() uses it once it is imported
+    while True:
+        try:
+            yield input(f"{talk.speaker}> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
+    if args.schema:
+        print(json.dumps(SCHEMA, indent=2))
+        return EXIT_DONE
+    return chat(args) if args.mode == "interactive" else speak_all(args)
 
 
 if __name__ == "__main__":

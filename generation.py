@@ -6,10 +6,11 @@ with special ones, C acoustic delay, D backbone width.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -273,13 +274,27 @@ class Conversation:
             frames.finish(all_of_them=True)
             self._close(turn, speaker, frames, before)
 
-    def speak(self, speaker: int, text: str | None, gap_seconds: float = 0.0) -> Reply:
-        """`stream`, returned as a whole. An immediate end gives empty audio and a warning."""
+    def speak(
+        self,
+        speaker: int,
+        text: str | None,
+        gap_seconds: float = 0.0,
+        hear: Callable[[np.ndarray], bool] | None = None,
+    ) -> Reply:
+        """`stream`, returned as a whole. An immediate end gives empty audio and a warning.
+
+        `hear` is given each chunk as it comes, its time not counted; the speaker is interrupted once it returns False.
+        """
         start = time.perf_counter()
         first, chunks = float("nan"), []
-        for samples in self.stream(speaker, text, gap_seconds):
-            first = time.perf_counter() - start if not chunks else first
-            chunks.append(samples)
+        with contextlib.closing(self.stream(speaker, text, gap_seconds)) as stream:
+            for samples in stream:
+                first = time.perf_counter() - start if not chunks else first
+                chunks.append(samples)
+                pause = time.perf_counter()
+                if hear is not None and not hear(samples):
+                    break
+                start += time.perf_counter() - pause
         turn = self.turns[-1]
         said = turn_text(self.text_tokenizer, speaker, turn.text_ids)
         if not chunks:

@@ -76,7 +76,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "requirements-dev.txt").write_text("")
     (root / "requirements-common-voice.txt").write_text("")
     (root / "requirements-filters.txt").write_text("")
-    (root / "requirements-wandb.txt").write_text("")
+    for extra in ("wandb", "play"):
+        (root / f"requirements-{extra}.txt").write_text("")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)

@@ -76,7 +76,7 @@ def test_a_run_from_scratch_leaves_everything_and_is_not_run_twice(tmp_path, fla
     assert run(train.main, flags(speak_every=3, speak_texts=2)) == EXIT_DONE
     assert {path: path.stat().st_mtime_ns for path in before} == before
     said = ["--checkpoint", str(out / "best"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "demo")]
-    assert run(demo.main, [*said, "--min_seconds", "0.3", "--max_seconds", "0.4"]) == EXIT_DONE
+    assert run(demo.main, ["--mode", "test", *said, "--min_seconds", "0.3", "--max_seconds", "0.4"]) == EXIT_DONE
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, flags, checkpoint):

@@ -345,11 +345,11 @@ def test_the_minimal_script_trains_resumes_and_is_heard(tmp_path, minimal_flags,
     assert "done already" in capsys.readouterr().out
 
     flags = ["--checkpoint", str(out), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "demo")]
-    assert run(demo.main, [*flags, "--min_seconds", "0.3", "--max_seconds", "0.8"]) == EXIT_DONE
+    assert run(demo.main, ["--mode", "test", *flags, "--min_seconds", "0.3", "--max_seconds", "0.8"]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "trained for 3 steps, so its voice babbles" in text
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    rows = [row for group in summary["conversations"].values() for row in group]
+    rows = [row for group in summary["conversations"] for row in group["turns"]]
     assert len(rows) == 7
     for row in rows:
         assert row["file"] is None or Path(row["file"]).stat().st_size == 44 + 2 * round(24_000 * row["seconds"])
@@ -411,7 +411,8 @@ def test_missing_inputs_are_one_line_each(tmp_path, minimal_flags, capsys):
         error = capsys.readouterr().err
         assert said in error
         assert "Traceback" not in error
-    assert run(demo.main, ["--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "demo")]) == EXIT_INPUT
+    nothing = ["--mode", "test", "--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "demo")]
+    assert run(demo.main, nothing) == EXIT_INPUT
     assert "no csm at" in capsys.readouterr().err
 
 

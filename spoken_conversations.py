@@ -1,0 +1,343 @@
+"""Conversations as they are requested -> wav files and measurements; many of them, in several processes, resumable.
+
+A turn of a request is one of four: text alone is spoken; audio with text was heard and is known; audio alone is heard
+and written down by the model; neither lets the model answer with text and voice of its own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from architecture import CSM, load_model
+from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
+from audio_tokenizer import AudioTokenizer
+from checkpointing import write_atomically
+from command_line import EXIT_INPUT, describe, exit_code_of
+from fine_tuning import find_weights
+from generation import Conversation, Reply, Sampling
+from ranks import pick_device
+from rvq_tokenizer import load_tokenizer
+from text_tokenizer import TextTokenizer, load_text_tokenizer
+from weight_layouts import is_ours, load_published
+
+GAP_SECONDS = 0.3  # of silence between two turns of a conversation's file, unless a turn asks for another
+CSM_1B = "sesame/csm-1b"
+
+AUDIO = {"type": "string", "minLength": 1, "description": "wav, flac, ogg or mp3, relative to the folder of this file"}
+TEXT = {"type": "string", "minLength": 1, "maxLength": 2000}
+TURN = {
+    "type": "object",
+    "required": ["speaker"],
+    "additionalProperties": False,
+    "properties": {
+        "speaker": {"type": "integer", "minimum": 0, "maximum": 99},
+        "text": TEXT,
+        "audio": AUDIO,
+        "gap_seconds": {"type": "number", "minimum": 0, "maximum": 600, "description": "of silence before the turn"},
+    },
+    "description": "text: is spoken; audio and text: was heard; audio: is written down; neither: the model answers",
+}
+CONVERSATION = {
+    "type": "object",
+    "required": ["turns"],
+    "additionalProperties": False,
+    "properties": {
+        "id": {"type": "string", "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", "description": "name of its folder"},
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
+        "voices": {
+            "type": "object",
+            "additionalProperties": False,
+            "patternProperties": {
+                "^[0-9]{1,2}$": {
+                    "type": "object",
+                    "required": ["audio", "text"],
+                    "additionalProperties": False,
+                    "properties": {"audio": AUDIO, "text": TEXT},
+                }
+            },
+            "description": "speaker -> a clip that he is to sound like, and what is said in it",
+        },
+        "turns": {"type": "array", "minItems": 1, "maxItems": 1000, "items": TURN},
+    },
+}
+SCHEMA = {  # of a file of requests; each conversation is checked alone, so that one that is wrong spoils no other
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "required": ["conversations"],
+    "additionalProperties": False,
+    "properties": {"conversations": {"type": "array", "minItems": 1, "items": CONVERSATION}},
+}
+
+
+class Request(NamedTuple):
+    """One conversation of a file."""
+
+    index: int  # its place there
+    id: str
+    content: dict  # of the form `CONVERSATION`
+    base: Path  # what paths are relative to
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What speaks: where model and tokenizer lie, and how codes are drawn."""
+
+    checkpoint: str
+    tokenizer: str
+    device: str
+    sampling: Sampling
+    seed: int  # of conversations that name none
+
+    def load(self) -> Engine:
+        device = pick_device(self.device)
+        path = find_weights(self.checkpoint) if self.checkpoint == CSM_1B else Path(self.checkpoint)
+        model = load_published(path) if path.exists() and not is_ours(path) else load_model(path)
+        text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
+        return Engine(model.to(device), load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
+
+    def identity(self) -> dict:
+        """What the results depend on beside the request: settings, and which weights lie there."""
+        facts: dict[str, object] = {**dataclasses.asdict(self)}
+        for name in ("checkpoint", "tokenizer"):
+            weights = Path(getattr(self, name)) / "model.safetensors"
+            if weights.is_file():
+                facts[f"{name}_bytes_and_time"] = [weights.stat().st_size, weights.stat().st_mtime_ns]
+        return facts
+
+
+class Engine(NamedTuple):
+    """A loaded `Voice`."""
+
+    model: CSM
+    tokenizer: AudioTokenizer
+    text_tokenizer: TextTokenizer
+    voice: Voice
+
+    def conversation(self, seed: int, **changes: object) -> Conversation:
+        """A new one; `changes` of the sampling."""
+        sampling = dataclasses.replace(self.voice.sampling, **changes)
+        return Conversation(self.model, self.tokenizer, self.text_tokenizer, sampling=sampling, seed=seed)
+
+    def warm_up(self) -> None:
+        """One short turn, so that the first measured turn does not pay for first calls."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.conversation(0, max_seconds=0.4, min_seconds=0.0).speak(0, "Hello.")
+
+
+# ---- a file of requests ----------------------------------------------------------------------------------------------
+
+
+def read_requests(path: Path) -> tuple[list[Request], list[dict]]:
+    """The conversations of a file of the form `SCHEMA`, and a failure for each that is not as it should be.
+
+    ValueError: the file is no JSON or holds no list of conversations.
+    """
+    import jsonschema
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({describe(error) or 'nested too deeply'})") from error
+    items = content.get("conversations") if isinstance(content, dict) else None
+    if not isinstance(items, list) or not items or len(content) != 1:
+        raise ValueError(
+            f'{path} must be an object {{"conversations": [...]}} with at least one and nothing else; '
+            "python demo.py --schema prints its form"
+        )
+    checker = jsonschema.Draft202012Validator(CONVERSATION)
+    requests, failures, names = [], [], set()
+    for index, item in enumerate(items):
+        name = item.get("id", f"{index:04d}") if isinstance(item, dict) else f"{index:04d}"
+        problems = [problem(error) for error in checker.iter_errors(item)]
+        if not problems and name.lower() in names:  # file systems may not tell a from A
+            problems = [f"id {name!r} is that of an earlier conversation too"]
+        if problems:
+            failures.append(failure(index, str(name), "; ".join(problems[:3])))
+        else:
+            names.add(name.lower())
+            requests.append(Request(index, name, item, path.parent))
+    return requests, failures
+
+
+def problem(error) -> str:
+    """One line for what jsonschema found."""
+    place = "/".join(str(part) for part in error.absolute_path)
+    message = error.message if len(error.message) <= 160 else error.message[:157] + "..."
+    return f"{place}: {message}" if place else message
+
+
+def failure(index: int, name: str, reason: str) -> dict:
+    return {"index": index, "id": name, "status": "failed", "reason": " ".join(reason.split())}
+
+
+def wanted(request: Request, voice: Voice) -> dict:
+    """All that a result depends on, as JSON: a result made with the same is kept."""
+    clips = [turn["audio"] for turn in request.content["turns"] if "audio" in turn]
+    clips += [clip["audio"] for clip in request.content.get("voices", {}).values()]
+    digests = {clip: hashlib.sha256((request.base / clip).read_bytes()).hexdigest() for clip in clips}
+    everything = {"request": request.content, "audio": digests, "made_with": voice.identity()}
+    return json.loads(json.dumps(everything, default=str))
+
+
+# ---- speaking --------------------------------------------------------------------------------------------------------
+
+
+def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Path) -> dict:
+    """Speak one conversation into its folder, unless it lies there already; what came of it.
+
+    What is wrong with the request is a failure among the results; other errors, as that of a full disk, are raised.
+    """
+    folder, head = out / request.id, {"index": request.index, "id": request.id}
+    try:
+        want = wanted(request, voice)
+    except OSError as error:
+        return failure_or_raise(request, error)
+    if (kept := kept_result(folder, want)) is not None:
+        return {**head, "status": "kept", **kept}
+    shutil.rmtree(folder, ignore_errors=True)
+    loaded = engine()
+    try:
+        talk = loaded.conversation(request.content.get("seed", voice.seed))
+        for speaker, clip in request.content.get("voices", {}).items():
+            talk.add_turn(int(speaker), clip["text"], samples=read_audio(request.base / clip["audio"])[0])
+        with warnings.catch_warnings(record=True) as notices:
+            warnings.simplefilter("always")
+            rows = speak_turns(talk, request.content["turns"], request.base, folder)
+        result = {"turns": rows, "notices": [str(notice.message) for notice in notices]}
+        write_atomically(folder / "result.json", (json.dumps({**want, **result}, indent=2) + "\n").encode())
+    except (OSError, ValueError) as error:
+        return failure_or_raise(request, error)
+    return {**head, "status": "done", **result}
+
+
+def failure_or_raise(request: Request, error: Exception) -> dict:
+    """An error of the request's own; any other, as that of a full disk, is everybody's."""
+    if exit_code_of(error) != EXIT_INPUT:
+        raise error
+    return failure(request.index, request.id, describe(error))
+
+
+def kept_result(folder: Path, want: dict) -> dict | None:
+    """What was made of the same before."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if {name: found[name] for name in want} == want and (folder / "conversation.wav").is_file():
+            return {"turns": found["turns"], "notices": found["notices"]}
+    return None
+
+
+def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path) -> list[dict]:
+    """Take the turns, of the form `TURN`; writes a wav of each one spoken and `conversation.wav`, a row for each turn.
+
+    ValueError or OSError names the turn that cannot be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces, rows = [], []
+    for number, turn in enumerate(turns, start=1):
+        speaker, gap = turn["speaker"], turn.get("gap_seconds", 0.0)
+        path = folder / f"turn-{number}-speaker-{speaker}.wav"
+        try:
+            if "audio" in turn:
+                samples = read_audio(base / turn["audio"])[0]
+                rows.append(hear(talk, turn, samples))
+            else:
+                reply = talk.speak(speaker, turn.get("text"), gap)
+                samples = reply.samples
+                if len(samples):
+                    write_wav(path, samples)
+                rows.append(measure(reply, speaker, path))
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from error
+        silence = np.zeros(round(turn.get("gap_seconds", GAP_SECONDS) * SAMPLE_RATE), dtype=np.float32)
+        pieces += [silence[: len(silence) if pieces else 0], samples]
+    write_wav(folder / "conversation.wav", np.concatenate(pieces))
+    return rows
+
+
+def hear(talk: Conversation, turn: dict, samples: np.ndarray) -> dict:
+    """Take in a turn that somebody else spoke."""
+    text, gap = turn.get("text"), turn.get("gap_seconds", 0.0)
+    if text is None:
+        text = talk.listen(turn["speaker"], samples=samples, gap_seconds=gap)
+    else:
+        talk.add_turn(turn["speaker"], text, samples=samples, gap_seconds=gap)
+    return {"speaker": turn["speaker"], "text": text, "heard": turn["audio"], "seconds": len(samples) / SAMPLE_RATE}
+
+
+def measure(reply: Reply, speaker: int, path: Path) -> dict:
+    """What is reported of a turn; numbers that an empty turn does not have are None."""
+    numbers = {
+        "seconds": reply.duration,
+        "seconds_to_first_audio": reply.seconds_to_first_audio,
+        "real_time_factor": reply.real_time_factor,
+        "level_dbfs": float(rms_dbfs(reply.samples)),
+    }
+    finite = {name: round(value, 4) if math.isfinite(value) else None for name, value in numbers.items()}
+    file = str(path) if len(reply.samples) else None
+    return {"speaker": speaker, "text": reply.text, "file": file, **finite, "ended_by_itself": reply.ended}
+
+
+# ---- in several processes --------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """What a process speaks with, loaded when it is first needed."""
+
+    def __init__(self, voice: Voice, out: Path, threads: int):
+        self.voice, self.out, self.threads = voice, out, threads
+        self.engine: Engine | None = None
+
+    def load(self) -> Engine:
+        if self.engine is None:
+            torch.set_num_threads(self.threads)
+            self.engine = self.voice.load()
+            self.engine.warm_up()
+        return self.engine
+
+    def answer(self, request: Request) -> dict:
+        return answer(request, self.voice, self.load, self.out)
+
+
+WORKERS: list[Worker] = []  # of a process that a pool started, its own
+
+
+def start_worker(voice: Voice, out: Path, threads: int) -> None:
+    WORKERS[:] = [Worker(voice, out, threads)]
+
+
+def answer_in_worker(request: Request) -> dict:
+    return WORKERS[0].answer(request)
+
+
+def answer_all(requests: list[Request], worker: Worker, processes: int) -> Iterator[dict]:
+    """The results as they come; the same ones, wherever they are made. ValueError: a process died."""
+    if processes == 1:
+        yield from map(worker.answer, requests)
+        return
+    settings = (worker.voice, worker.out, worker.threads)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=settings
+    )
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(answer_in_worker, request) for request in requests]):
+            yield future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ValueError("a worker was ended from outside, perhaps for lack of memory; lower --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)

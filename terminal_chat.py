@@ -1,0 +1,283 @@
+"""Talking with a model in a terminal: lines that are spoken, commands for voices, files and draws.
+
+Reads any text stream and writes plain lines, so that it can be piped; plays what is spoken where a sound device and the
+package sounddevice are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from audio import SAMPLE_RATE, read_audio, write_wav
+from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignals, describe, exit_code_of
+from conversation_state import load_conversation, save_conversation
+from conversations import loudness_gains, read_clips
+from generation import Conversation, Reply
+from spoken_conversations import Engine
+from turn_shards import TurnRecord, read_turns
+
+HELP = """\
+  TEXT                 the current speaker says it; "1: TEXT" makes speaker 1 the current one
+  /reply [N]           speaker N (the next one) answers with words and voice of the model's own
+  /listen FILE [TEXT]  the current speaker said this; without TEXT the model writes it down
+  /record SECONDS      the same from the microphone
+  /voice               lists the voices of the collected data and their styles
+  /voice NAME [STYLE]  the current speaker is to sound like a clip of that voice
+  /voice FILE TEXT     ... or like this file, in which TEXT is said
+  /style STYLE         the current speaker's voice, from a clip in that style
+  /seed N              begin the random draws anew; the same seed says the same
+  /reset               forget all turns but the voices
+  /save FILE, /load FILE   the whole conversation
+  /help, /quit         (Ctrl-C while somebody speaks: interrupts him, what was said is kept)"""
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH = 60  # characters of a waveform
+CLIP_SECONDS = 5.0  # of a voice's clip, if there is one
+
+
+def waveform(samples: np.ndarray) -> str:
+    """(N,) samples -> their loudness over time, one character for each of `WIDTH` equal parts."""
+    if not len(samples):
+        return ""
+    parts = np.array_split(samples, min(WIDTH, len(samples)))
+    level = np.array([np.sqrt(np.mean(part**2)) for part in parts])
+    steps = level / max(1e-4, level.max()) * (len(BARS) - 1)
+    return "".join(BARS[round(step)] for step in steps.tolist())
+
+
+def sound_device():
+    """The package sounddevice, or None where it or a device is missing."""
+    try:
+        import sounddevice
+
+        sounddevice.query_devices(kind="output")
+    except (ImportError, OSError, ValueError, RuntimeError):
+        return None
+    return sounddevice
+
+
+class Chat:
+    """A conversation under way, and who speaks next."""
+
+    def __init__(self, engine: Engine, out: Path, data: Path, play: bool, say: Callable[[str], None] = print):
+        self.engine, self.out, self.data, self.say = engine, out, data, say
+        self.seed, self.speaker, self.number = engine.voice.seed, 0, 0
+        self.voices: dict[int, tuple[str, np.ndarray, str]] = {}  # speaker -> name, clip, what is said in it
+        self.device = sound_device() if play else None
+        self.records: list[TurnRecord] | None = None  # of the collected data, read when they are asked for
+        self.exit_code = EXIT_DONE
+        self.talk = self.begin()
+        if play and self.device is None:
+            say("no sound device (or no package sounddevice): replies are written to files only")
+
+    def begin(self) -> Conversation:
+        """A conversation in which only the voices were heard."""
+        talk = self.engine.conversation(self.seed)
+        for speaker, (_, samples, text) in self.voices.items():
+            talk.add_turn(speaker, text, samples=samples)
+        return talk
+
+    def run(self, lines: Iterator[str]) -> int:
+        """Take line after line until they end or one says /quit; what a user can mend is said in one line."""
+        for line in lines:
+            if line.strip() == "/quit":
+                break
+            try:
+                with warnings.catch_warnings(record=True) as notices:
+                    warnings.simplefilter("always")
+                    self.take(line.strip())
+            except Exception as error:
+                if exit_code_of(error) is None:
+                    raise
+                self.say(f"error: {describe(error)}")
+            for notice in notices:
+                self.say(f"note: {notice.message}")
+            if self.exit_code != EXIT_DONE:
+                break
+        return self.exit_code
+
+    def take(self, line: str) -> None:
+        """One line."""
+        if named := re.match(r"(\d{1,2}): +", line):  # not 10:30
+            self.speaker, line = int(named[1]), line[named.end() :]
+        if not line.startswith("/"):
+            if line:
+                self.speak(self.speaker, line)
+            return
+        name, _, rest = line[1:].partition(" ")
+        command = getattr(self, f"do_{name}", None)
+        if command is None:
+            raise ValueError(f"unknown command /{name}; /help lists them")
+        command(rest.strip())
+
+    def speak(self, speaker: int, text: str | None) -> None:
+        """Say it, playing each chunk as it comes; Ctrl-C interrupts the speaker, not the program."""
+        with StopSignals() as stop, self.player() as play:
+
+            def hear(samples: np.ndarray) -> bool:
+                play(samples)
+                return stop.received is None
+
+            reply = self.talk.speak(speaker, text, hear=hear)
+        self.number += 1
+        path = self.out / f"{self.number:03d}-speaker-{speaker}.wav"
+        if len(reply.samples):
+            write_wav(path, reply.samples)
+        self.show(speaker, reply, path, stop.received is not None)
+        self.exit_code = EXIT_SIGTERM if stop.exit_code == EXIT_SIGTERM else self.exit_code
+
+    def show(self, speaker: int, reply: Reply, path: Path, interrupted: bool) -> None:
+        """What was said and how fast."""
+        self.say(f"speaker {speaker}: {reply.text}")
+        if not len(reply.samples):
+            return
+        end = "interrupted" if interrupted else "" if reply.ended else "cut at --max_seconds"
+        times = f"{reply.duration:.1f} s, first audio {1000 * reply.seconds_to_first_audio:.0f} ms, "
+        times += f"real-time factor {reply.real_time_factor:.2f}"
+        self.say(f"  {waveform(reply.samples)}")
+        self.say("  " + ", ".join(part for part in (times, end, str(path)) if part))
+
+    @contextlib.contextmanager
+    def player(self) -> Iterator[Callable[[np.ndarray], None]]:
+        """Where chunks go to be heard."""
+        if self.device is None:
+            yield lambda samples: None
+            return
+        with self.device.OutputStream(samplerate=SAMPLE_RATE, channels=1, dtype="float32") as stream:
+            yield lambda samples: stream.write(np.ascontiguousarray(samples[:, None]))
+
+    # ---- commands ----------------------------------------------------------------------------------------------------
+
+    def do_help(self, rest: str) -> None:
+        self.say(HELP)
+
+    def do_reply(self, rest: str) -> None:
+        self.speak(whole_number(rest, "/reply") if rest else (self.speaker + 1) % 2, None)
+
+    def do_listen(self, rest: str) -> None:
+        file, text = file_and_text(rest, "/listen FILE [TEXT]")
+        self.hear(read_audio(file)[0], text)
+
+    def do_record(self, rest: str) -> None:
+        if (device := sound_device()) is None:
+            raise MissingRequirement("there is no sound device, or no package: pip install sounddevice")
+        try:
+            seconds = float(rest)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds <= 60:
+            raise ValueError(f"/record {rest}: expected seconds from 0.1 to 60, as /record 5")
+        samples = device.rec(round(seconds * SAMPLE_RATE), samplerate=SAMPLE_RATE, channels=1, dtype="float32")
+        device.wait()
+        self.hear(samples[:, 0], None)
+
+    def hear(self, samples: np.ndarray, text: str | None) -> None:
+        """Take in what the current speaker said."""
+        if text is None:
+            text = self.talk.listen(self.speaker, samples=samples)
+        else:
+            self.talk.add_turn(self.speaker, text, samples=samples)
+        self.say(f"speaker {self.speaker} (heard, {len(samples) / SAMPLE_RATE:.1f} s): {text}")
+
+    def do_voice(self, rest: str) -> None:
+        if not rest:
+            self.list_voices()
+        elif Path(split_file(rest)[0]).is_file():
+            file, text = file_and_text(rest, "/voice FILE TEXT")
+            if text is None:
+                raise ValueError(f"/voice {file} needs what is said in it: /voice FILE TEXT")
+            self.use_voice(file, read_audio(file)[0], text)
+        else:
+            name, _, style = rest.partition(" ")
+            self.use_voice(*self.find_voice(name, style.strip() or None))
+
+    def do_style(self, rest: str) -> None:
+        if self.speaker not in self.voices or not rest:
+            raise ValueError("/style STYLE needs a voice of the collected data first: /voice NAME")
+        self.use_voice(*self.find_voice(self.voices[self.speaker][0], rest))
+
+    def do_seed(self, rest: str) -> None:
+        self.seed = whole_number(rest, "/seed")
+        self.talk.speaker.generator.manual_seed(self.seed)
+
+    def do_reset(self, rest: str) -> None:
+        self.talk = self.begin()
+        self.say(f"a new conversation; voices: {', '.join(name for name, *_ in self.voices.values()) or 'none'}")
+
+    def do_save(self, rest: str) -> None:
+        save_conversation(self.talk, needed(rest, "/save FILE"))
+        self.say(f"{len(self.talk.turns)} turns in {rest}")
+
+    def do_load(self, rest: str) -> None:
+        parts = self.engine.model, self.engine.tokenizer, self.engine.text_tokenizer
+        self.talk = load_conversation(needed(rest, "/load FILE"), *parts, sampling=self.engine.voice.sampling)
+        self.voices = {}  # those of the file are among its turns
+        self.say(f"{len(self.talk.turns)} turns from {rest}")
+
+    # ---- voices ------------------------------------------------------------------------------------------------------
+
+    def use_voice(self, name: str, samples: np.ndarray, text: str) -> None:
+        """Let the current speaker sound like a clip from now on."""
+        self.talk.add_turn(self.speaker, text, samples=samples)
+        self.voices[self.speaker] = (name, samples, text)
+        self.say(f"speaker {self.speaker} sounds like {name}: {text}")
+
+    def collected(self) -> list[TurnRecord]:
+        """All turns of the collected data, without their bytes."""
+        if self.records is None:
+            self.records = list(read_turns(self.data, with_audio=False))
+        return self.records
+
+    def list_voices(self) -> None:
+        styles: dict[str, set[str]] = {}
+        for record in self.collected():
+            styles.setdefault(record.speaker_id, set()).add(record.style or "no style")
+        for name, found in sorted(styles.items()):
+            self.say(f"  {name}: {', '.join(sorted(found))}")
+
+    def find_voice(self, name: str, style: str | None) -> tuple[str, np.ndarray, str]:
+        """A clip of a voice, of about `CLIP_SECONDS`: the voice's whole name, samples and text."""
+        own = [record for record in self.collected() if name in (record.speaker_id, record.speaker_id.split(":")[-1])]
+        if not own:
+            raise ValueError(f"{self.data} holds no voice {name!r}, nor is it a file; /voice lists the voices")
+        fitting = [record for record in own if style in (None, record.style)]
+        if not fitting:
+            styles = sorted({record.style or "no style" for record in own})
+            raise ValueError(f"{own[0].speaker_id} has no clip in the style {style!r}, but in: {', '.join(styles)}")
+        chosen = min(fitting, key=lambda record: abs(record.duration_s - CLIP_SECONDS))
+        gain = loudness_gains(self.collected())[chosen.utt_id]
+        (record, samples), *_ = read_clips(self.data, {chosen.utt_id: gain})
+        return record.speaker_id, samples, record.text
+
+
+def whole_number(text: str, command: str) -> int:
+    if not text.isdigit() or int(text) >= 2**32:
+        raise ValueError(f"{command} {text}: expected a whole number of 0 or more")
+    return int(text)
+
+
+def needed(text: str, usage: str) -> Path:
+    if not text:
+        raise ValueError(f"expected {usage}")
+    return Path(text)
+
+
+def split_file(text: str) -> tuple[str, str]:
+    """A file's name, in quotes if it holds spaces, and the rest of the line."""
+    if text[:1] in ("'", '"') and text[0] in text[1:]:
+        name, _, rest = text[1:].partition(text[0])
+    else:
+        name, _, rest = text.partition(" ")
+    return name, rest.strip()
+
+
+def file_and_text(text: str, usage: str) -> tuple[str, str | None]:
+    name, rest = split_file(text)
+    if not name:
+        raise ValueError(f"expected {usage}")
+    return name, rest or None
