@@ -44,7 +44,7 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
     ],
 }
 MODES = ("interactive", "test", "batch")
-TURN_SECONDS = {"interactive": 10.0, "test": 5.0, "batch": 10.0}  # defaults of --max_seconds ...
+TURN_SECONDS = {"interactive": 20.0, "test": 5.0, "batch": 20.0}  # defaults of --max_seconds ...
 LEAST_SECONDS = {"interactive": 0.0, "test": 1.5, "batch": 0.0}  # ... and --min_seconds
 FEW_STEPS = 5000  # below this a model of any size babbles
 BABBLE = (
@@ -72,10 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + shown)
     add("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + shown)
     add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
-    add("--max_seconds", type=float, help="cut a turn that has not ended (default: 10, in the test 5)")
+    add("--max_seconds", type=float, help="cut a turn that has not ended (default: 20, in the test 5)")
     add("--min_seconds", type=float, help="a turn does not end before (default: 0, in the test 1.5)")
     add("--voice", type=Path, help="wav, flac, ogg or mp3 that speaker 0 is to sound like; needs --voice_text")
     add("--voice_text", help="what is said in --voice")
+    add("--raw_text", action="store_true", help="speak texts as written: no words for numbers, dates and the like")
 
     group = parser.add_argument_group("--mode interactive")
     group.add_argument("--data", type=Path, default=Path("data"), help="collected data, for /voice NAME" + shown)
@@ -112,7 +113,7 @@ def voice_of(args: argparse.Namespace) -> Voice:
     """What speaks. ValueError for sampling that cannot work."""
     names = ("temperature", "top_k", "codebooks", "max_seconds", "min_seconds")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
-    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed)
+    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.raw_text)
 
 
 def test_requests(args: argparse.Namespace) -> list[Request]:

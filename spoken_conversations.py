@@ -32,14 +32,16 @@ from fine_tuning import find_weights
 from generation import Conversation, Reply, Sampling
 from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
-from text_tokenizer import TextTokenizer, load_text_tokenizer
+from spoken_text import read_aloud, split_text
+from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
 from weight_layouts import is_ours, load_published
 
 GAP_SECONDS = 0.3  # of silence between two turns of a conversation's file, unless a turn asks for another
 CSM_1B = "sesame/csm-1b"
+MOST_CHARACTERS = 200  # of a turn, about 13 s of speech; longer texts become several turns of their speaker
 
 AUDIO = {"type": "string", "minLength": 1, "description": "wav, flac, ogg or mp3, relative to the folder of this file"}
-TEXT = {"type": "string", "minLength": 1, "maxLength": 2000}
+TEXT = {"type": "string", "minLength": 1, "maxLength": 20_000}
 TURN = {
     "type": "object",
     "required": ["speaker"],
@@ -102,6 +104,7 @@ class Voice:
     device: str
     sampling: Sampling
     seed: int  # of conversations that name none
+    raw_text: bool = False  # texts are spoken as they are written
 
     def load(self) -> Engine:
         device = pick_device(self.device)
@@ -218,7 +221,7 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
             talk.add_turn(int(speaker), clip["text"], samples=read_audio(request.base / clip["audio"])[0])
         with warnings.catch_warnings(record=True) as notices:
             warnings.simplefilter("always")
-            rows = speak_turns(talk, request.content["turns"], request.base, folder)
+            rows = speak_turns(talk, request.content["turns"], request.base, folder, voice.raw_text)
         result = {"turns": rows, "notices": [str(notice.message) for notice in notices]}
         write_atomically(folder / "result.json", (json.dumps({**want, **result}, indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
@@ -242,7 +245,43 @@ def kept_result(folder: Path, want: dict) -> dict | None:
     return None
 
 
-def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path) -> list[dict]:
+def speak_whole(
+    talk: Conversation,
+    speaker: int,
+    text: str | None,
+    raw_text: bool = False,
+    gap: float = 0.0,
+    hear: Callable[[np.ndarray], bool] = lambda samples: True,
+) -> Reply:
+    """A text of any length as one reply, read aloud unless `raw_text`; None lets the model answer.
+
+    `hear` as in `Conversation.speak`.
+    """
+    if text is None:
+        return talk.speak(speaker, None, gap, hear)
+    going = True
+
+    def and_note(samples: np.ndarray) -> bool:
+        nonlocal going
+        going = hear(samples)
+        return going
+
+    replies: list[Reply] = []
+    for piece in split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS):
+        if going:
+            replies.append(talk.speak(speaker, piece, 0.0 if replies else gap, and_note))
+    first = next((reply.seconds_to_first_audio for reply in replies if len(reply.samples)), math.nan)
+    return Reply(
+        np.concatenate([reply.samples for reply in replies]),
+        torch.cat([reply.codes for reply in replies]),
+        " ".join(reply.text for reply in replies),
+        all(reply.ended for reply in replies),
+        first,
+        sum(reply.seconds for reply in replies),
+    )
+
+
+def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path, raw_text: bool = False) -> list[dict]:
     """Take the turns, of the form `TURN`; writes a wav of each one spoken and `conversation.wav`, a row for each turn.
 
     ValueError or OSError names the turn that cannot be.
@@ -257,7 +296,7 @@ def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path)
                 samples = read_audio(base / turn["audio"])[0]
                 rows.append(hear(talk, turn, samples))
             else:
-                reply = talk.speak(speaker, turn.get("text"), gap)
+                reply = speak_whole(talk, speaker, turn.get("text"), raw_text, gap)
                 samples = reply.samples
                 if len(samples):
                     write_wav(path, samples)

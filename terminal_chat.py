@@ -19,7 +19,7 @@ from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignal
 from conversation_state import load_conversation, save_conversation
 from conversations import loudness_gains, read_clips
 from generation import Conversation, Reply
-from spoken_conversations import Engine
+from spoken_conversations import Engine, speak_whole
 from turn_shards import TurnRecord, read_turns
 
 HELP = """\
@@ -123,7 +123,7 @@ class Chat:
                 play(samples)
                 return stop.received is None
 
-            reply = self.talk.speak(speaker, text, hear=hear)
+            reply = speak_whole(self.talk, speaker, text, self.engine.voice.raw_text, hear=hear)
         self.number += 1
         path = self.out / f"{self.number:03d}-speaker-{speaker}.wav"
         if len(reply.samples):

@@ -21,6 +21,7 @@ LEVELS = (
         "prosody",
         "residual_quantizer",
         "run_folder",
+        "spoken_text",
         "text_tokenizer",
     },
     {

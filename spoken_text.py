@@ -1,0 +1,219 @@
+"""English text as it is written -> as it is read aloud: numbers, dates, times, money, units, abbreviations, brackets.
+
+Numbers become words by `num2words`; what stands around them is decided here. A text without any of these comes back
+unchanged but for its spaces. Long texts are cut into pieces that a turn has room for.
+"""
+
+# ruff: noqa: RUF001 - characters that look alike are read alike here
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from num2words import num2words
+
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
+MONTH = "|".join([*MONTHS, *(rf"{name[:3]}\.?" for name in MONTHS if name != "May"), r"Sept\.?"])
+CURRENCIES = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
+LARGE = "thousand|million|billion|trillion"
+ABBREVIATIONS = {
+    "Mr.": "Mister", "Mrs.": "Misses", "Ms.": "Miz", "Dr.": "Doctor", "Prof.": "Professor", "Jr.": "Junior",
+    "Sr.": "Senior", "vs.": "versus", "etc.": "et cetera", "e.g.": "for example", "i.e.": "that is",
+    "approx.": "approximately", "dept.": "department", "est.": "established", "a.k.a.": "also known as",
+    "Ave.": "Avenue", "Blvd.": "Boulevard", "Rd.": "Road",
+}  # fmt: skip
+UNITS = {  # one, several
+    "km/h": ("kilometer per hour", "kilometers per hour"), "mph": ("mile per hour", "miles per hour"),
+    "km": ("kilometer", "kilometers"), "cm": ("centimeter", "centimeters"), "mm": ("millimeter", "millimeters"),
+    "m": ("meter", "meters"), "kg": ("kilogram", "kilograms"), "g": ("gram", "grams"),
+    "mg": ("milligram", "milligrams"),
+    "lbs": ("pound", "pounds"), "lb": ("pound", "pounds"), "oz": ("ounce", "ounces"), "ft": ("foot", "feet"),
+    "l": ("liter", "liters"), "ml": ("milliliter", "milliliters"), "kWh": ("kilowatt hour", "kilowatt hours"),
+    "GB": ("gigabyte", "gigabytes"), "MB": ("megabyte", "megabytes"), "kHz": ("kilohertz", "kilohertz"),
+    "Hz": ("hertz", "hertz"), "ms": ("millisecond", "milliseconds"), "s": ("second", "seconds"),
+    "min": ("minute", "minutes"), "h": ("hour", "hours"), "°C": ("degree Celsius", "degrees Celsius"),
+    "°F": ("degree Fahrenheit", "degrees Fahrenheit"), "°": ("degree", "degrees"), "%": ("percent", "percent"),
+}  # fmt: skip
+SYMBOLS = {"&": "and", "+": "plus", "=": "equals", "#": "number", "@": "at", "§": "section", "×": "times"}
+PLAIN = {"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "−": "-", "\u00a0": " ", "\u202f": " "}
+NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
+
+
+def read_aloud(text: str) -> str:
+    """The words a reader would say, without digits."""
+    for symbol, plain in PLAIN.items():
+        text = text.replace(symbol, plain)
+    for pattern, words in RULES:
+        text = pattern.sub(words, text)
+    return " ".join(text.split())
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Pieces of at most `limit` characters, cut behind sentences, else clauses, else words; joined they are `text`.
+
+    A word longer than that is cut too.
+    """
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    pieces = [" ".join(text.split())]
+    for border in (r"(?<=[.!?])\s+", r"(?<=[,;:])\s+", r"\s+"):
+        pieces = [
+            part
+            for piece in pieces
+            for part in ([piece] if len(piece) <= limit else packed(re.split(border, piece), limit))
+        ]
+    return [piece[start : start + limit] for piece in pieces for start in range(0, len(piece), limit)]
+
+
+def packed(parts: list[str], limit: int) -> list[str]:
+    """Neighbours joined while they fit."""
+    joined = parts[:1]
+    for part in parts[1:]:
+        if len(joined[-1]) + 1 + len(part) <= limit:
+            joined[-1] += f" {part}"
+        else:
+            joined.append(part)
+    return joined
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> str:
+    """1,234.5 -> words; digits one by one where they are no quantity."""
+    digits = text.replace(",", "")
+    whole, _, fraction = digits.partition(".")
+    if len(whole) > 15 or (len(whole) > 1 and whole[0] == "0"):
+        spoken = one_by_one(whole)
+    else:
+        spoken = num2words(int(whole))
+    return f"{spoken} point {one_by_one(fraction)}" if fraction else spoken
+
+
+def one_by_one(digits: str) -> str:
+    return " ".join(num2words(int(digit)) for digit in digits)
+
+
+def ordinal(digits: str) -> str:
+    return num2words(int(digits), to="ordinal") if len(digits) <= 15 else f"{one_by_one(digits)}th"
+
+
+def year(digits: str) -> str:
+    return num2words(int(digits), to="year") if len(digits) == 4 and digits[0] != "0" else number(digits)
+
+
+def decade(match: re.Match) -> str:
+    """1990s -> nineteen nineties"""
+    words = year(match[1])
+    return words[:-1] + "ies" if words.endswith("y") else words + "s"
+
+
+def date(day: str, month: str, the_year: str | None) -> str:
+    """The month by number or name."""
+    if month.isdigit():
+        name = MONTHS[int(month) - 1]
+    else:
+        name = next(name for name in MONTHS if name.startswith(month.rstrip(".")[:3]))
+    return f"{name} {ordinal(day)}" + (f", {year(the_year)}" if the_year else "")
+
+
+def numeric_date(match: re.Match) -> str:
+    """Year first, or month/day/year, or day/month/year where the first cannot be a month."""
+    one, two, three = (match[i] for i in (1, 2, 3))
+    the_year, month, day = (one, two, three) if len(one) == 4 else (three, one, two)
+    if int(month) > 12:
+        month, day = day, month
+    if not (1 <= int(month) <= 12 and 1 <= int(day) <= 31):
+        return " ".join(number(part) for part in (one, two, three))
+    return date(day, month, the_year)
+
+
+def time(match: re.Match) -> str:
+    """10:30, 9:05 pm, 14:00"""
+    hour, minute, half = int(match[1]), int(match[2]), match[3]
+    words = num2words(hour)
+    if minute:
+        words += " oh " * (minute < 10) + " " * (minute >= 10) + num2words(minute)
+    elif not half:
+        words += " o'clock" if 1 <= hour <= 12 else " hundred"
+    return words + half_of_day(half)
+
+
+def half_of_day(half: str | None) -> str:
+    return f" {half[0].lower()} m" if half else ""
+
+
+def money(match: re.Match) -> str:
+    """$5.20 -> five dollars, twenty cents; $3 million -> three million dollars"""
+    symbol, amount, large = match[1], match[2].replace(",", ""), match[3]
+    code, name = CURRENCIES[symbol]
+    if large or len(amount) > 15:
+        return " ".join(part for part in (number(amount), large, name) if part)
+    words = num2words(amount if "." in amount else f"{amount}.00", to="currency", currency=code)
+    return re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", words)
+
+
+def quantity(match: re.Match) -> str:
+    """5 km -> five kilometers"""
+    return f"{number(match[1])} {UNITS[match[2]][match[1] != '1']}"
+
+
+def fraction(match: re.Match) -> str:
+    """1/2 -> one half"""
+    upper, lower = int(match[1]), int(match[2])
+    named = {2: "half", 4: "quarter"}.get(lower) or (num2words(lower, to="ordinal") if 2 < lower < 100 else None)
+    if named is None or not 0 < upper < lower:
+        return f"{number(match[1])} over {number(match[2])}"
+    several = "halves" if named == "half" else f"{named}s"
+    return f"{num2words(upper)} {named if upper == 1 else several}"
+
+
+def rule(pattern: str, words: str | Callable[[re.Match], str], flags: int = 0) -> tuple:
+    return re.compile(pattern, flags), words
+
+
+units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
+short = "|".join(re.escape(name) for name in sorted(ABBREVIATIONS, key=len, reverse=True))
+RULES = (
+    rule(
+        r"\s*[(\[{<]\s*([^()\[\]{}<>]*?)\s*[)\]}>]\s*([.,;:!?]?)", lambda m: f", {m[1]}{m[2] or ','} " if m[1] else " "
+    ),
+    rule(r"\bhttps?://(?:www\.)?", ""),
+    rule(
+        r"\b([A-Za-z0-9_-]{2,}(?:[.@/][A-Za-z0-9_-]+)*\.(?:com|org|net|edu|gov|io|de|uk|fr|cz))\b",
+        lambda m: m[1].replace(".", " dot ").replace("@", " at ").replace("/", " slash "),
+    ),
+    rule(rf"(?<!\w)({short})(?=\W|$)", lambda m: ABBREVIATIONS[m[1]]),
+    rule(r"\bSt\. (?=[A-Z])", "Saint "),
+    rule(r"\bSt\.", "Street"),
+    rule(r"\bNo\. ?(?=\d)", "number "),
+    rule(r"\b(\d{4})-(\d{1,2})-(\d{1,2})\b", numeric_date),
+    rule(r"\b(\d{1,2})[/.](\d{1,2})[/.](\d{4})\b", numeric_date),
+    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
+    rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", lambda m: date(m[2], m[1], m[3])),
+    rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?![.:]\d)", lambda m: date(m[2], m[1], None)),
+    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
+    rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::\d\d)?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
+    rule(
+        r"\b(\d{1,2})\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b)", lambda m: number(m[1]) + half_of_day(m[2]), re.IGNORECASE
+    ),
+    rule(rf"([$€£])\s?({NUMBER})(?:\s({LARGE}))?", money),
+    rule(r"\b(\d{1,3}0)s\b", decade),
+    rule(r"(\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
+    rule(rf"({NUMBER})\s?({units})(?!\w)", quantity),
+    rule(r"\b(\d{1,4})/(\d{1,4})\b", fraction),
+    rule(r"(?<=\d)\s?[-–]\s?(?=\d{1,4}\b(?!-))", " to "),
+    rule(r"(?:(?<=\s)|^)-(?=\d)", "minus "),
+    rule(r"\s*[–—]\s*|\s+-+\s+|--+", ", "),
+    rule(r"(?<![\d.,])((?:1[1-9]|20)\d\d)(?![\d%]|[.,]\d)", lambda m: year(m[1])),
+    rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {one_by_one(m[1])} "),
+    rule(rf"(?:{NUMBER})", lambda m: f" {number(m[0])} "),
+    rule("[{}]".format(re.escape("".join(SYMBOLS))), lambda m: f" {SYMBOLS[m[0]]} "),
+    rule(r"(?<=\w)/(?=\w)", " "),
+    rule(r"[*_~^|<>{}\[\]()\\/`]", " "),
+    rule(r"\s+([.,;:!?])", r"\1"),
+    rule(r",(?:\s*,)+", ","),
+    rule(r",\s*([.;:!?])", r"\1"),
+    rule(r"^[\s,]+|[\s,]+$", ""),
+)
