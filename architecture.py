@@ -206,13 +206,14 @@ class CSM(nn.Module):
         traces: Traces | None = None,
         maps: bool = False,
         shown: Tensor | None = None,
+        backbone: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """(B, T) rows -> (B, T, D) backbone states.
 
         Without `allowed` attention is causal over all rows. With a cache the rows continue what it holds; a model with
         a memory then reads one turn, or a part of it, at a time. `maps` asks `traces` for attention maps. `shown`
-        (B, T, K + 1) says which entries are embedded, by default all that are real. ValueError for more rows than
-        `max_positions`.
+        (B, T, K + 1) says which entries are embedded, by default all that are real; `backbone` computes what the own
+        one would. ValueError for more rows than `max_positions`.
         """
         c = self.config
         if rows.tokens.size(1) > c.max_positions:
@@ -238,7 +239,7 @@ class CSM(nn.Module):
 
         keys = cache and cache.keys
         embedded = self.embed(rows.tokens, rows.mask if shown is None else shown)
-        return self.backbone(embedded, rows.positions, allowed, keys, between)
+        return (backbone or self.backbone)(embedded, rows.positions, allowed, keys, between)
 
     def end_turn(self, cache: CSMCache, prosody: Tensor) -> None:
         """Write the turn just read, whose sound is (B, F), to the memory if there is one."""

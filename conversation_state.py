@@ -21,6 +21,7 @@ from checkpointing import FORMAT, save_tensors
 from conversational_memory import MemoryState
 from frames import Clock, Turn
 from generation import Conversation, KeptTurn, Sampling
+from inference_model import InferenceModel
 from text_tokenizer import TextTokenizer
 
 KIND = "conversation"
@@ -44,7 +45,7 @@ def save_conversation(talk: Conversation, path: Path) -> None:
 
 def load_conversation(
     path: Path,
-    model: CSM,
+    model: CSM | InferenceModel,
     tokenizer: AudioTokenizer,
     text_tokenizer: TextTokenizer,
     *,

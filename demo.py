@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
     add("--device", default="cpu", help="auto, cpu or cuda" + shown)
     add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
+    add("--int8", action="store_true", help="weights of 8 bits: faster on a CPU, not the same codes")
     add("--seed", type=int, default=0, help="of the draws" + shown)
 
     group = parser.add_argument_group("how it speaks")
@@ -113,7 +114,7 @@ def voice_of(args: argparse.Namespace) -> Voice:
     """What speaks. ValueError for sampling that cannot work."""
     names = ("temperature", "top_k", "codebooks", "max_seconds", "min_seconds")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
-    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.raw_text)
+    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.int8, args.raw_text)
 
 
 def test_requests(args: argparse.Namespace) -> list[Request]:

@@ -22,8 +22,8 @@ from architecture import CSM, CSMCache
 from audio import FRAME_RATE, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
 from conversational_memory import MemoryState
-from depth_loop import DepthLoop
 from frames import N_PROSODY, Clock, Rows, Turn
+from inference_model import InferenceModel
 from model_sizes import CSMConfig
 from prosody import prosody_features
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
@@ -100,13 +100,13 @@ class Speaker:
     the acoustic codebooks, from the same decoder, for up to C frames at once.
     """
 
-    def __init__(self, model: CSM, sampling: Sampling, generator: torch.Generator):
-        self.model, self.sampling, self.generator = model, sampling, generator
-        K = model.config.n_codebooks
+    def __init__(self, model: CSM | InferenceModel, sampling: Sampling, generator: torch.Generator):
+        self.inference = model if isinstance(model, InferenceModel) else InferenceModel(model)
+        self.model, self.sampling, self.generator = self.inference.model, sampling, generator
+        K = self.model.config.n_codebooks
         self.n_codebooks = sampling.codebooks or K
         if self.n_codebooks > K:
             raise ValueError(f"codebooks={sampling.codebooks} must be at most the model's {K}")
-        self.depth = DepthLoop(model)
 
     def first_codes(self, hidden: Tensor, may_end: bool = True) -> Tensor:
         """(N, D) backbone states -> (N, k) first codes of the next frame: S of them, or all without a delay.
@@ -127,7 +127,7 @@ class Speaker:
         """(N, D) backbone states, (N, k) first codes -> (N, stop): codes k..stop-1 from the depth decoder."""
         if codes.size(1) == stop:
             return codes
-        return self.depth.continue_frames(hidden, codes, stop, self._choose)
+        return self.inference.depth.continue_frames(hidden, codes, stop, self._choose)
 
     def _choose(self, logits: Tensor) -> Tensor:
         return draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
@@ -157,13 +157,13 @@ class Conversation:
     """A conversation that a model takes part in; the KV cache of earlier turns is kept from turn to turn.
 
     When a new turn would not fit the model's positions, whole oldest turns leave the context, with a warning; a model
-    with a memory keeps what it wrote down of them. `acoustic_batch` frames share a pass of the second stage: by default
+    with a memory keeps what it wrote down of them. Several conversations may share an `InferenceModel`. `acoustic_batch` frames share a pass of the second stage: by default
     as many as the model's acoustic delay allows, 1 for the earliest audio.
     """
 
     def __init__(
         self,
-        model: CSM,
+        model: CSM | InferenceModel,
         tokenizer: AudioTokenizer,
         text_tokenizer: TextTokenizer,
         *,
@@ -175,13 +175,14 @@ class Conversation:
         most = max(1, model.config.acoustic_delay)
         if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
             raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")
-        self.model, self.tokenizer, self.text_tokenizer = model, tokenizer, text_tokenizer
+        self.model = model.model if isinstance(model, InferenceModel) else model
+        self.tokenizer, self.text_tokenizer = tokenizer, text_tokenizer
         self.layout = model.config.layout
         self.sampling = sampling or Sampling()
-        self.device = next(model.parameters()).device
+        self.device = next(self.model.parameters()).device
         self.speaker = Speaker(model, self.sampling, torch.Generator(self.device).manual_seed(seed))
         self.acoustic_batch = acoustic_batch or (most if self.speaker.n_codebooks > model.config.n_semantic else 1)
-        self.cache = CSMCache(model)
+        self.cache = CSMCache(self.model)
         self.clock = Clock()
         self.kept: list[KeptTurn] = []
 
@@ -379,7 +380,7 @@ class Conversation:
     @torch.inference_mode()
     def _read(self, rows: Rows) -> Tensor:
         """Run rows through the backbone behind what the cache holds; (1, D) state of the last one."""
-        return self.model.hidden(rows.batch().to(self.device), cache=self.cache)[:, -1]
+        return self.speaker.inference.hidden(rows.batch().to(self.device), self.cache)[:, -1]
 
     def _make_room(self, needed: int) -> None:
         """Drop whole oldest turns until `needed` more rows fit, and read the rest anew if any was dropped."""

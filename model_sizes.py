@@ -190,10 +190,11 @@ class Memory(NamedTuple):
 def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int = 4) -> Memory:
     """One conversation with a full context: weights, KV caches of both stages, the ConversationalMemory in fp32.
 
-    `caches` has the blocks of the depth decoder once more, as `DepthLoop` holds them.
+    `caches` has blocks, heads and inputs of the depth decoder once more, as `DepthLoop` holds them.
     """
-    d = config.depth
-    cached = d.n_layers * (2 * d.d_model**2 + 2 * d.d_model * d.n_kv_heads * d.d_head + 3 * d.d_model * d.d_ff)
+    d, K = config.depth, config.n_codebooks
+    cached = d.d_model * ((K - 1) * config.codebook_size + K * config.audio_vocab_size)
+    cached += d.n_layers * (2 * d.d_model**2 + 2 * d.d_model * d.n_kv_heads * d.d_head + 3 * d.d_model * d.d_ff)
     for stack, positions in ((config.backbone, config.max_positions), (config.depth, config.n_codebooks)):
         cached += 2 * stack.n_layers * stack.n_kv_heads * stack.d_head * positions
     b = config.backbone  # every row of the context is text or audio; audio counts for a quarter, as pools
@@ -259,12 +260,13 @@ def frame_cost(config: CSMConfig, bytes_per_weight: int = 4) -> FrameCost:
     backbone = b.n_layers * _block_matrices(b) + len(config.cross_layers) * _block_matrices(b) // 2
     projection, heads = b.d_model * d.d_model, (K - 1) * d.d_model * A
     positions = K if C == 0 else K + S  # stage 2 reads its chunk's semantic codes anew
-    flops = 2 * (backbone + b.d_model * A + heads + positions * (d.n_layers * _block_matrices(d) + projection))
+    calls = 1 if C == 0 else 2  # of the decoder: what it reads of codes lies ready, of the backbone's state it does not
+    flops = 2 * (backbone + b.d_model * A + heads + calls * projection + positions * d.n_layers * _block_matrices(d))
     cache = 2 * b.n_layers * b.n_kv_heads * b.d_head * config.max_positions
     flops += 4 * b.n_layers * b.n_heads * b.d_head * config.max_positions
     stage_two = heads * (K - S) / (K - 1) * (1 - 1 / max(1, C))  # heads that a chunk of frames shares
     read = backbone + b.d_model * A + cache + heads - stage_two
-    read += passes * (d.n_layers * _block_matrices(d) + projection)
+    read += passes * d.n_layers * _block_matrices(d) + projection * (1 if C == 0 else 1 + 1 / C)
     return FrameCost(passes, flops, read * bytes_per_weight)
 
 

@@ -23,13 +23,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from architecture import CSM, load_model
+from architecture import load_model
 from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
 from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_INPUT, describe, exit_code_of
 from fine_tuning import find_weights
 from generation import Conversation, Reply, Sampling
+from inference_model import InferenceModel
 from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
 from spoken_text import read_aloud, split_text
@@ -104,6 +105,7 @@ class Voice:
     device: str
     sampling: Sampling
     seed: int  # of conversations that name none
+    int8: bool = False  # weights of 8 bits, on a CPU
     raw_text: bool = False  # texts are spoken as they are written
 
     def load(self) -> Engine:
@@ -111,7 +113,8 @@ class Voice:
         path = find_weights(self.checkpoint) if self.checkpoint == CSM_1B else Path(self.checkpoint)
         model = load_published(path) if path.exists() and not is_ours(path) else load_model(path)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-        return Engine(model.to(device), load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
+        inference = InferenceModel(model.to(device), self.int8)
+        return Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
 
     def identity(self) -> dict:
         """What the results depend on beside the request: settings, and which weights lie there."""
@@ -126,7 +129,7 @@ class Voice:
 class Engine(NamedTuple):
     """A loaded `Voice`."""
 
-    model: CSM
+    model: InferenceModel
     tokenizer: AudioTokenizer
     text_tokenizer: TextTokenizer
     voice: Voice

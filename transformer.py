@@ -56,9 +56,10 @@ class KVCache:
     """Static keys and values of one stack, filled from the left. Memory is allocated once for `max_positions`."""
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_positions: int, like: Tensor):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_positions, config.d_head)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (L, B, G, S, d)
-        self.values = torch.zeros_like(self.keys)
+        G = config.n_kv_heads
+        shape = (config.n_layers, batch_size, 2 * G, max_positions, config.d_head)
+        self.both = torch.zeros(shape, dtype=like.dtype, device=like.device)  # keys, then values
+        self.keys, self.values = self.both[:, :, :G], self.both[:, :, G:]  # (L, B, G, S, d)
         self.length = 0  # positions filled so far, the same for all layers once a forward pass is over
 
     @property
@@ -67,12 +68,22 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, G, T, d) behind what is there; return all (B, G, length + T, d) of this layer."""
-        end = self.length + keys.size(2)
-        if end > self.max_positions:
-            raise ValueError(f"the cache holds {self.max_positions} positions, {end} are needed")
+        end = self._end(keys.size(2))
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def append_both(self, layer: int, both: Tensor) -> Tensor:
+        """The same with keys and values in one: (B, 2 G, T, d) -> (B, 2 G, length + T, d)."""
+        end = self._end(both.size(2))
+        self.both[layer, :, :, self.length : end] = both
+        return self.both[layer, :, :, :end]
+
+    def _end(self, more: int) -> int:
+        end = self.length + more
+        if end > self.max_positions:
+            raise ValueError(f"the cache holds {self.max_positions} positions, {end} are needed")
+        return end
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:

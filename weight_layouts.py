@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from architecture import ADDED, CSM, load_model, save_model
 from checkpointing import load_into, save_tensors
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
 from model_sizes import CSMConfig, preset
 from transformer import TransformerConfig
 
@@ -180,6 +180,70 @@ def save_published(model: CSM, folder: Path, layout: str) -> None:
     convert = to_sesame if layout == "sesame" else to_transformers
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", convert(model.state_dict(), model.config))
+
+
+def transformers_version() -> str:
+    """Of transformers, loaded with its CSM. MissingRequirement without them."""
+    try:
+        import transformers
+        from transformers import CsmForConditionalGeneration  # noqa: F401 - loads the model's file
+    except ImportError as error:
+        needed = "pip install -r requirements-dev.txt"
+        raise MissingRequirement(f"the comparison needs transformers with CSM ({error}): {needed}") from error
+    return transformers.__version__
+
+
+def transformers_model(model: CSM) -> nn.Module:
+    """transformers' CSM of the same sizes and weights as a model of the published architecture; without its codec."""
+    from transformers import CsmConfig, CsmDepthDecoderConfig, CsmForConditionalGeneration, MimiConfig
+
+    c = model.config
+    ids = ("pad_token_id", "codebook_pad_token_id", "bos_token_id", "audio_token_id", "audio_eos_token_id")
+    shared = {"num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
+    depth = CsmDepthDecoderConfig(
+        backbone_hidden_size=c.backbone.d_model,
+        max_position_embeddings=c.n_codebooks + 1,
+        **shared,
+        **their_dimensions(c.depth, 16),
+    )
+    small = dict.fromkeys(("num_filters", "hidden_size", "intermediate_size", "codebook_dim", "codebook_size"), 8)
+    heads = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    config = CsmConfig(
+        text_vocab_size=c.text_vocab_size,
+        max_position_embeddings=c.max_positions,
+        depth_decoder_config=depth,
+        codec_config=MimiConfig(**small, **heads, vector_quantization_hidden_dimension=8, upsample_groups=8),
+        **dict.fromkeys(ids, 0),
+        **shared,
+        **their_dimensions(c.backbone, 1024),
+    )
+    twin = CsmForConditionalGeneration(config)
+    twin.load_state_dict(to_transformers(model.state_dict(), c), strict=False)
+    del twin.codec_model  # only encodes audio; the codes are given
+    return twin.eval()
+
+
+def their_dimensions(stack: TransformerConfig, context: int) -> dict:
+    """Fields of a stack's config. `context` is what published configs call the original one, and count waves in."""
+    rope = {"rope_type": "default", "rope_theta": stack.rope_base}
+    if stack.rope_scale > 1:
+        waves = {"low_freq_factor": context / 8192, "high_freq_factor": 4 * context / 8192}
+        rope |= {
+            "rope_type": "llama3",
+            "factor": stack.rope_scale,
+            "original_max_position_embeddings": context,
+            **waves,
+        }
+    return {
+        "hidden_size": stack.d_model,
+        "intermediate_size": stack.d_ff,
+        "num_hidden_layers": stack.n_layers,
+        "num_attention_heads": stack.n_heads,
+        "num_key_value_heads": stack.n_kv_heads,
+        "head_dim": stack.d_head,
+        "rms_norm_eps": stack.norm_eps,
+        "rope_parameters": rope,
+    }
 
 
 def is_ours(path: Path) -> bool:

@@ -49,8 +49,7 @@ from token_cache import TokenCache
 from training import gradient_step, make_optimizer, micro_batch, named_losses
 from training_config import TrainConfig, mixture
 from training_start import sized
-from transformer import TransformerConfig
-from weight_layouts import to_transformers
+from weight_layouts import transformers_model, transformers_version
 
 PUBLISHED = {**WITHOUT_ADDITIONS, "zero_end_of_turn": True, "n_special_codes": PRESETS["csm-1b"].n_special_codes}
 PRECISIONS = ("fp32", "bf16")
@@ -173,70 +172,6 @@ def flops_per_frame(work: Work) -> float:
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
-def their_version() -> str:
-    """Of transformers, loaded with its CSM. MissingRequirement without them."""
-    try:
-        import transformers
-        from transformers import CsmForConditionalGeneration  # noqa: F401 - loads the model's file
-    except ImportError as error:
-        needed = "pip install -r requirements-dev.txt"
-        raise MissingRequirement(f"the comparison needs transformers with CSM ({error}): {needed}") from error
-    return transformers.__version__
-
-
-def transformers_twin(model: CSM) -> nn.Module:
-    """transformers' CSM of the same sizes and weights as a model of the published architecture; without its codec."""
-    from transformers import CsmConfig, CsmDepthDecoderConfig, CsmForConditionalGeneration, MimiConfig
-
-    c = model.config
-    ids = ("pad_token_id", "codebook_pad_token_id", "bos_token_id", "audio_token_id", "audio_eos_token_id")
-    shared = {"num_codebooks": c.n_codebooks, "vocab_size": c.audio_vocab_size}
-    depth = CsmDepthDecoderConfig(
-        backbone_hidden_size=c.backbone.d_model,
-        max_position_embeddings=c.n_codebooks + 1,
-        **shared,
-        **their_dimensions(c.depth, 16),
-    )
-    small = dict.fromkeys(("num_filters", "hidden_size", "intermediate_size", "codebook_dim", "codebook_size"), 8)
-    heads = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
-    config = CsmConfig(
-        text_vocab_size=c.text_vocab_size,
-        max_position_embeddings=c.max_positions,
-        depth_decoder_config=depth,
-        codec_config=MimiConfig(**small, **heads, vector_quantization_hidden_dimension=8, upsample_groups=8),
-        **dict.fromkeys(ids, 0),
-        **shared,
-        **their_dimensions(c.backbone, 1024),
-    )
-    twin = CsmForConditionalGeneration(config)
-    twin.load_state_dict(to_transformers(model.state_dict(), c), strict=False)
-    del twin.codec_model  # only encodes audio; the codes are given
-    return twin.train()
-
-
-def their_dimensions(stack: TransformerConfig, context: int) -> dict:
-    """Fields of a stack's config. `context` is what published configs call the original one, and count waves in."""
-    rope = {"rope_type": "default", "rope_theta": stack.rope_base}
-    if stack.rope_scale > 1:
-        waves = {"low_freq_factor": context / 8192, "high_freq_factor": 4 * context / 8192}
-        rope |= {
-            "rope_type": "llama3",
-            "factor": stack.rope_scale,
-            "original_max_position_embeddings": context,
-            **waves,
-        }
-    return {
-        "hidden_size": stack.d_model,
-        "intermediate_size": stack.d_ff,
-        "num_hidden_layers": stack.n_layers,
-        "num_attention_heads": stack.n_heads,
-        "num_key_value_heads": stack.n_kv_heads,
-        "head_dim": stack.d_head,
-        "rms_norm_eps": stack.norm_eps,
-        "rope_parameters": rope,
-    }
-
-
 def labels_of(rows: Rows, depth_rows: Tensor) -> Tensor:
     """(B, T, K): the targets of the row before, codebooks 1..K-1 only of frames that the depth decoder learns.
 
@@ -303,7 +238,7 @@ def equal_models(work: Work, device: torch.device) -> tuple[CSM, nn.Module, floa
     with torch.no_grad():
         for head in (model.codebook0_head.weight, model.depth_heads):
             head.mul_(STEEPER)
-        twin = transformers_twin(model).to(device)
+        twin = transformers_model(model).train().to(device)
         apart = check_parity(model, twin, *work.batches[0], device)
         their_heads = twin.lm_head.weight, twin.depth_decoder.codebooks_head.weight
         for head in (model.codebook0_head.weight, model.depth_heads, *their_heads):
@@ -373,7 +308,7 @@ def peak_alone(args: argparse.Namespace, name: str, precision: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     torch.set_num_threads(args.threads)
-    their_version()
+    transformers_version()
     work = read_work(args)
     before = peak()
     side = make_sides(work, args)[0][name]
@@ -470,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     if not set(precisions) <= set(PRECISIONS):
         raise ValueError(f"precision={args.precision} must be one or several of {','.join(PRECISIONS)}")
     torch.set_num_threads(args.threads)
-    info = describe_environment() | {"transformers": their_version()}
+    info = describe_environment() | {"transformers": transformers_version()}
     work = read_work(args)
     names = ["ours", *REFERENCES, *list(work)[1:]]
     alone = peaks_alone(args, names, precisions) if args.memory and args.device == "cpu" else {}

@@ -33,10 +33,10 @@ LEVELS = (
         "transformer",
         "turn_shards",
     },
-    {"conversation_formats", "conversations", "cross_attention", "rvq_tokenizer"},
+    {"conversation_formats", "conversations", "cross_attention", "folded_stack", "rvq_tokenizer"},
     {"codec_training", "model_sizes", "token_cache"},
     {"architecture", "speech_metrics"},
-    {"dataset_pipeline", "depth_loop", "evaluation_report", "weight_layouts"},
+    {"dataset_pipeline", "evaluation_report", "inference_model", "weight_layouts"},
     {"generation"},
     {
         "codec_probes",

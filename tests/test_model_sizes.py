@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import architecture
 from architecture import CSM, CSMCache, parameter_table, pick_depth_rows
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from depth_loop import DepthLoop
 from frames import Rows, Turn
 from generation import Sampling, Speaker
+from inference_model import InferenceModel
 from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, inference_memory, preset, training_memory
 from transformer import KVCache, TransformerConfig
 
@@ -160,7 +160,7 @@ def test_a_frame_of_csm_1b_reads_every_weight_of_the_depth_decoder_31_times():
     config, table = PRESETS["csm-1b"], table_of("csm-1b")
     heads = table["codebook0_head"] + table["depth_heads"]
     cache = 2 * 16 * 8 * 64 * 2048
-    expected = table["backbone"] + heads + cache + 31 * (table["depth"] + table["projection"])
+    expected = table["backbone"] + heads + cache + 31 * table["depth"] + table["projection"]
     assert frame_cost(config).bytes_moved == pytest.approx(4 * expected, rel=1e-3)
     assert frame_cost(config, bytes_per_weight=2).bytes_moved == frame_cost(config).bytes_moved / 2
 
@@ -251,12 +251,11 @@ def test_inference_memory_has_the_bytes_of_the_real_weights_and_caches():
         model.hidden(text, cache=cache)
     depth = KVCache(config.depth, 1, config.n_codebooks, model.text_embedding.weight)
     tensors = [cache.keys.keys, cache.keys.values, depth.keys, depth.values]
-    tensors += [t for block in DepthLoop(model).blocks for t in block]
     tensors += [t for layer in cache.cross for t in (layer.text.keys, layer.text.values)]
     tensors += [*cache.memory.state.matrices, *cache.memory.current]
     memory = inference_memory(config, sum(p.numel() for p in model.parameters()))
     assert memory.weights == sum(p.nbytes for p in model.parameters())
-    assert memory.caches == sum(t.nbytes for t in tensors)
+    assert memory.caches == sum(t.nbytes for t in tensors) + InferenceModel(model).depth.nbytes
     assert memory.total == memory.weights + memory.caches
 
 

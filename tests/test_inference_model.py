@@ -4,7 +4,11 @@ import pytest
 import torch
 from conftest import full_model
 
-from depth_loop import DepthLoop
+from architecture import CSMCache
+from frames import Rows, Turn
+from generation import Conversation, Sampling
+from inference_model import DepthLoop, InferenceModel
+from text_tokenizer import ByteTokenizer
 
 
 def model_with_norms():
@@ -44,3 +48,29 @@ def test_the_blocks_are_those_of_the_moment_it_was_made():
         with torch.no_grad():
             model.depth.blocks[0].attention.v_proj.weight.mul_(2)
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+def test_with_8_bits_it_speaks_nearly_as_the_model_does(tokenizer):
+    model = full_model()
+    rows = model.config.layout.turn_rows(Turn(list(range(20)), torch.randint(0, 16, (9, 4)))).batch()
+    inference = InferenceModel(model, int8=True)
+    with torch.inference_mode():
+        exact = model.hidden(rows, cache=CSMCache(model))
+        cache = CSMCache(model)
+        first, last = (Rows(*(column[:, part] for column in rows)) for part in (slice(0, 25), slice(25, None)))
+        found = torch.cat((inference.hidden(first, cache), inference.hidden(last, cache)), dim=1)
+    error = float((found - exact).norm() / exact.norm())
+    assert 0 < error < 0.05
+    talk = Conversation(inference, tokenizer, ByteTokenizer(), sampling=Sampling(max_seconds=0.8))
+    assert len(talk.speak(0, "Hello.").codes) and len(talk.reply(1).codes)
+
+
+def test_conversations_share_one_and_say_what_they_would_alone(tokenizer):
+    model = full_model()
+    shared, short = InferenceModel(model), Sampling(max_seconds=0.8)
+    together = [Conversation(shared, tokenizer, ByteTokenizer(), sampling=short, seed=seed) for seed in (0, 1)]
+    alone = [Conversation(model, tokenizer, ByteTokenizer(), sampling=short, seed=seed) for seed in (0, 1)]
+    for text in ("Hello.", "And you?"):
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one.speak(0, text).codes, other.speak(0, text).codes)
+    assert together[0].speaker.inference is together[1].speaker.inference is shared

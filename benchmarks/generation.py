@@ -1,0 +1,204 @@
+"""Time of a generated frame against transformers' CSM: python benchmarks/generation.py --model_size nano
+
+The published architecture in the sizes asked for, the same random weights, the same prompt, all codebooks of one frame
+after another, greedy on both sides, which must say the same; alternating in one process. Codec not included.
+
+    ours             the loop of `generation.Conversation`
+    ours, int8       the same with weights of 8 bits, on a CPU
+    transformers     generate() as it comes; with --static with its static caches
+
+Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time of a frame,
+the time to the first audio, the real-time factor. The floor is how long the memory needs to bring the weights and keys
+that a frame reads, at the bandwidth measured by a product of a large matrix with a vector; weights that stay in the
+processor's caches can be below it. Prints a table; the last line of --json is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from architecture import CSM, CSMCache
+from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from frames import Clock
+from generation import Conversation, Sampling, Speaker
+from inference_model import InferenceModel
+from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, preset
+from run_folder import describe_environment
+from rvq_tokenizer import PRESETS as TOKENIZERS
+from rvq_tokenizer import RVQTokenizer
+from text_tokenizer import encode_turn, load_text_tokenizer
+from weight_layouts import transformers_model, transformers_version
+
+FRAME_MS = 80.0
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PUBLISHED = {**WITHOUT_ADDITIONS, "zero_end_of_turn": True, "n_special_codes": PRESETS["csm-1b"].n_special_codes}
+
+
+def prompt_of(config: CSMConfig) -> list[int]:
+    """Text ids of a turn; of a vocabulary that needs a download, others in their number."""
+    if config.text_tokenizer == "bytes":
+        return encode_turn(load_text_tokenizer("bytes"), 0, TEXT)
+    return torch.randint(0, config.text_vocab_size, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@torch.inference_mode()
+def our_frames(model: InferenceModel, ids: list[int], n: int) -> tuple[Tensor, float]:
+    """Greedy codes (n, K) after a prompt, and milliseconds per frame without the prompt."""
+    layout, clock = model.config.layout, Clock()
+    speaker = Speaker(model, Sampling(temperature=0), torch.Generator())
+    cache, frames = CSMCache(model.model), []
+    clock.begin_turn()
+    hidden = model.hidden(layout.text_rows(ids, 1, clock).batch(), cache)[:, -1]
+    began = time.perf_counter()
+    for _ in range(n):
+        frames.append(speaker.first_codes(hidden)[0])
+        hidden = model.hidden(layout.audio_row(torch.stack(frames), clock).batch(), cache)[:, -1]
+    return torch.stack(frames), 1000 * (time.perf_counter() - began) / n
+
+
+@torch.inference_mode()
+def their_frames(twin: nn.Module, ids: list[int], n: int, static: bool) -> tuple[Tensor, float]:
+    """The same by transformers; the prompt's time is that of a generation of one frame less one of its frames."""
+    kind = {"cache_implementation": "static"} if static else {}
+    tokens = torch.tensor([ids])
+    common = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "do_sample": False, **kind}
+    common |= {"depth_decoder_do_sample": False, "output_audio": False}
+    began = time.perf_counter()
+    twin.generate(**common, max_new_tokens=1)
+    one = time.perf_counter() - began
+    began = time.perf_counter()
+    codes = twin.generate(**common, max_new_tokens=n + 1)
+    return codes[0, :n], 1000 * (time.perf_counter() - began - one) / n
+
+
+def bandwidth(dtype: torch.dtype) -> float:
+    """Bytes per second that a product of a matrix of 256 MiB with a vector reads, the best of ten."""
+    side = 2**14 // dtype.itemsize
+    matrix, vector = torch.ones(2**28 // (side * dtype.itemsize), side, dtype=dtype), torch.ones(side, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mv(matrix, vector)
+        seconds.append(time.perf_counter() - began)
+    return 2**28 / min(seconds)
+
+
+def with_everything(args: argparse.Namespace, int8: bool) -> dict[str, float]:
+    """Our preset as it is, speaking `--frames` frames with a codec: medians over the rounds."""
+    torch.manual_seed(args.seed)
+    size = TOKENIZERS["cpu"]
+    tokenizer = RVQTokenizer(size).eval()
+    for stack in (tokenizer.semantic, tokenizer.acoustic):
+        stack.fit(torch.randn(8 * size.codebook_size, size.codebook_dim), size.codebook_size, torch.Generator())
+    shape = {name: getattr(size, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
+    config = preset(args.model_size, **shape, text_tokenizer="bytes", text_vocab_size=258)
+    model = InferenceModel(CSM(config).eval().to(DTYPES[args.dtype]), int8)
+    seconds = args.frames / 12.5
+    sampling = Sampling(max_seconds=seconds, min_seconds=seconds)
+    first, factors = [], []
+    for index in range(args.rounds + 1):
+        talk = Conversation(model, tokenizer, load_text_tokenizer("bytes"), sampling=sampling, seed=index)
+        reply = talk.speak(0, TEXT)
+        if index:  # the first one warms up
+            first.append(1000 * reply.seconds_to_first_audio)
+            factors.append(reply.real_time_factor)
+    return {"first_audio_ms": statistics.median(first), "real_time_factor": statistics.median(factors)}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers."""
+    torch.manual_seed(args.seed)
+    model = CSM(preset(args.model_size, **PUBLISHED)).eval().to(DTYPES[args.dtype])
+    twin = transformers_model(model).to(DTYPES[args.dtype])
+    ids = prompt_of(model.config)
+    sides = {"ours": InferenceModel(model), "int8": InferenceModel(model, int8=True)}
+    for side in sides.values():
+        our_frames(side, ids, 2)
+    their_frames(twin, ids, 2, args.static)
+    times: dict[str, list[float]] = {"ours": [], "int8": [], "theirs": []}
+    for _ in tqdm(range(args.rounds), desc="rounds", disable=args.json):
+        codes = {}
+        for name, side in sides.items():
+            codes[name], ms = our_frames(side, ids, args.frames)
+            times[name].append(ms)
+        their_codes, ms = their_frames(twin, ids, args.frames, args.static)
+        times["theirs"].append(ms)
+    equal = {name: float((own == their_codes).all(dim=1).float().mean()) for name, own in codes.items()}
+    ratio = {
+        name: statistics.median(t / o for t, o in zip(times["theirs"], times[name], strict=True)) for name in sides
+    }
+    del twin, sides
+    read = frame_cost(model.config, DTYPES[args.dtype].itemsize).bytes_moved
+    speed = bandwidth(DTYPES[args.dtype])
+    ms = {name: statistics.median(own) for name, own in times.items()}
+    return {
+        "model_size": args.model_size,
+        "dtype": args.dtype,
+        "ms_per_frame": ms["ours"],
+        "int8_ms_per_frame": ms["int8"],
+        "peer_ms_per_frame": ms["theirs"],
+        "speedup": ratio["ours"],
+        "int8_speedup": ratio["int8"],
+        "real_time_factor": ms["ours"] / FRAME_MS,
+        "floor_ms_per_frame": 1000 * read / speed,
+        "gigabytes_per_s": speed / 1e9,
+        "equal_frames": equal["ours"],
+        "int8_equal_frames": equal["int8"],
+        "with_additions_and_codec": {name: with_everything(args, name == "int8") for name in ("ours", "int8")},
+    }
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shown = " (default: %(default)s)"
+    add = parser.add_argument
+    add("--model_size", choices=list(PRESETS), default="nano", help="as in train.py" + shown)
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights of both sides" + shown)
+    add("--static", action="store_true", help="transformers with its static caches")
+    add("--frames", type=int, default=25, help="of 80 ms that each side speaks in a round" + shown)
+    add("--rounds", type=int, default=5, help="ours, theirs, ours, theirs, ..." + shown)
+    add("--threads", type=int, default=1, help="CPU threads" + shown)
+    add("--seed", type=int, default=0, help="of weights and draws" + shown)
+    add("--json", action="store_true", help="no progress bar; the last line is one JSON object")
+    args = parser.parse_args(argv)
+    if min(args.frames, args.rounds, args.threads) < 1:
+        parser.error("--frames, --rounds and --threads must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
+    torch.set_num_threads(args.threads)
+    version = transformers_version()
+    found = measure(args)
+    print(f"{args.model_size}, {args.dtype}, {args.threads} threads, transformers {version}, medians of {args.rounds}")
+    for side, name in (("ours", ""), ("ours, int8", "int8_")):
+        equal = f"; {100 * found[f'{name}equal_frames']:.0f} % of the frames as theirs"
+        ms, ratio = found[f"{name}ms_per_frame"], found[f"{name}speedup"]
+        print(f"  {side:15}{ms:8.1f} ms a frame, real-time factor {ms / FRAME_MS:.2f}, ratio {ratio:.2f}{equal}")
+    print(f"  transformers   {found['peer_ms_per_frame']:8.1f} ms a frame")
+    print(f"  floor          {found['floor_ms_per_frame']:8.1f} ms a frame at {found['gigabytes_per_s']:.1f} GB/s")
+    for side, whole in found["with_additions_and_codec"].items():
+        factor, first = whole["real_time_factor"], whole["first_audio_ms"]
+        print(f"  {side} with additions and codec: real-time factor {factor:.2f}, first audio after {first:.0f} ms")
+    if args.json:
+        print(json.dumps({**found, "environment": describe_environment()}))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,153 @@
+"""A stack arranged for inference: at batch sizes where moving weights and starting operations cost more than their
+arithmetic.
+
+The blocks are those of a `Transformer`, folded: scales of norms into the matrices behind them, query, key and value
+into one matrix, gate and up into another; rotary channels lie in pairs, so that one complex product turns them. On a
+CPU the matrices may be of 8 bits, which moves a quarter of the bytes. Letters: B batch, T positions, D width, H heads,
+G key/value heads, S positions in the cache, d = D / H.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transformer import Block, KVCache, Transformer, attend
+
+Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
+FEW_ROWS = 4  # from more on, a product of 8 bits is computed in the precision of its input
+
+
+class Int8Matrix:
+    """A matrix of 8-bit whole numbers with a scale for each output, rounded to the nearest; inputs stay as they are.
+
+    With few rows the product is computed in bf16, as is its result. ValueError elsewhere than on a CPU.
+    """
+
+    def __init__(self, weight: Tensor):
+        if weight.device.type != "cpu":
+            raise ValueError(f"8-bit weights are for a CPU, the model is on {weight.device}")
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / 127  # (out, 1)
+        self.codes = (weight / scale).round().to(torch.int8).contiguous()  # (out, in)
+        self.scale = scale.squeeze(1)
+        self.scale_bf16 = self.scale.to(torch.bfloat16)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > FEW_ROWS:
+            return (x @ self.codes.T.to(x.dtype)) * self.scale.to(x.dtype)
+        return torch._weight_int8pack_mm(x.to(torch.bfloat16), self.codes, self.scale_bf16).to(x.dtype)
+
+
+def product(weight: Tensor, int8: bool) -> Product:
+    """Of (N, in) with an (out, in) matrix."""
+    return Int8Matrix(weight) if int8 else functools.partial(torch.mm, mat2=weight.T.contiguous())
+
+
+def weights_of(of: Product) -> list[Tensor]:
+    """What a product holds."""
+    return [of.codes, of.scale, of.scale_bf16] if isinstance(of, Int8Matrix) else [of.keywords["mat2"]]
+
+
+class FoldedBlock(NamedTuple):
+    qkv: Product  # D -> (H + 2 G) d
+    out: Product  # H d -> D
+    gate_up: Product  # D -> 2 d_ff
+    down: Product  # d_ff -> D
+
+
+def folded(block: Block, int8: bool) -> FoldedBlock:
+    """The same function of the residual stream, without dropout, in fewer and larger matrices."""
+    a, f = block.attention, block.feed_forward
+    turned = torch.cat((a.q_proj.weight * a.d_head**-0.5, a.k_proj.weight))  # channel i is turned with i + d / 2 ...
+    pairs = turned.unflatten(0, (-1, 2, a.d_head // 2)).transpose(1, 2).flatten(0, 2)  # ... now 2 i with 2 i + 1
+    length = math.sqrt(block.attention_norm.weight.numel())  # of a vector whose mean square is 1
+    qkv = torch.cat((pairs, a.v_proj.weight)) * (length * block.attention_norm.weight)
+    gate_up = torch.cat((f.gate_proj.weight, f.up_proj.weight)) * (length * block.feed_forward_norm.weight)
+    return FoldedBlock(*(product(x, int8) for x in (qkv, a.o_proj.weight, gate_up, f.down_proj.weight)))
+
+
+class FoldedStack:
+    """The blocks that `stack` has now: make another one when they change. Its caches are not those of the stack."""
+
+    @torch.no_grad()
+    def __init__(self, stack: Transformer, int8: bool = False):
+        self.stack, self.config = stack, stack.config
+        self.blocks = [folded(block, int8) for block in stack.blocks]
+        precise = torch.promote_types(stack.norm.weight.dtype, torch.float32)
+        least = math.sqrt(stack.config.norm_eps * stack.config.d_model)
+        self.least = stack.norm.weight.new_tensor(least, dtype=precise)
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """(B or 1, T) positions -> (B or 1, 1, T, d / 2) complex factors that turn the pairs of channels."""
+        angles = positions[:, None, :, None].float() * self.stack.frequencies
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def __call__(
+        self,
+        x: Tensor,
+        turns: Tensor,
+        cache: KVCache,
+        allowed: Tensor | None = None,
+        between: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """(B, T, D) that continue what the cache holds -> (B, T, D), as `Transformer.forward` without the last norm."""
+        c, (B, T, D) = self.config, x.shape
+        H, turned = c.n_heads, c.n_heads + c.n_kv_heads
+        if cache.length and T > 1 and allowed is None:
+            allowed = torch.ones(T, cache.length + T, dtype=torch.bool, device=x.device).tril(cache.length)[None, None]
+        x = x.reshape(B * T, D)
+        for layer, block in enumerate(self.blocks):
+            qkv = block.qkv(self.direction(x)).view(B, T, -1, c.d_head).transpose(1, 2)  # (B, H + 2 G, T, d)
+            turn(qkv[:, :turned], turns)
+            both = cache.append_both(layer, qkv[:, H:])
+            x = block.out(self.attention(qkv[:, :H], both, allowed)).add_(x)
+            gate, up = block.gate_up(self.direction(x)).chunk(2, dim=-1)
+            x = block.down(F.silu(gate).mul_(up)).add_(x)
+            if between is not None:
+                x = between(layer, x.view(B, T, D)).reshape(B * T, D)
+        cache.length += T
+        return x.view(B, T, D)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        allowed: Tensor | None,
+        cache: KVCache,
+        between: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """As `Transformer.forward`, the last norm included."""
+        return self.stack.norm(self(x, self.turns(positions), cache, allowed, between))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for block in self.blocks for of in block for tensor in weights_of(of))
+
+    def direction(self, x: Tensor) -> Tensor:
+        """RMSNorm without its scale and divided by sqrt(D), which both lie in the matrices."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.least.dtype)
+        return (x / torch.hypot(length, self.least)).to(x.dtype)
+
+    def attention(self, q: Tensor, both: Tensor, allowed: Tensor | None) -> Tensor:
+        """(B, H, T, d) queries divided by sqrt(d), (B, 2 G, S, d) keys and values -> (B T, H d)."""
+        (B, H, T, d), G = q.shape, self.config.n_kv_heads
+        if B == T == 1:  # faster than a fused kernel
+            k, v = both[0].split(G)  # (G, S, d)
+            return torch.bmm(torch.bmm(q.view(G, H // G, d), k.mT).softmax(dim=-1), v).view(1, H * d)
+        k, v = both.split(G, dim=1)
+        out = attend(q * d**0.5, k, v, allowed, causal=allowed is None and T > 1)
+        return out.transpose(1, 2).reshape(B * T, H * d)
+
+
+def turn(x: Tensor, turns: Tensor) -> None:
+    """Apply RoPE in place to (B, H, T, d) with channels in pairs; in fp32 at least."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(precise).mul_(turns)
+    if precise.data_ptr() != x.data_ptr():
+        x.copy_(torch.view_as_real(turned).flatten(-2))
