@@ -157,8 +157,8 @@ class Conversation:
     """A conversation that a model takes part in; the KV cache of earlier turns is kept from turn to turn.
 
     When a new turn would not fit the model's positions, whole oldest turns leave the context, with a warning; a model
-    with a memory keeps what it wrote down of them. Several conversations may share an `InferenceModel`. `acoustic_batch` frames share a pass of the second stage: by default
-    as many as the model's acoustic delay allows, 1 for the earliest audio.
+    with a memory keeps what it wrote down of them. `acoustic_batch` frames share a pass of the second stage: by default
+    as many as the model's acoustic delay allows, 1 for the earliest audio. Several may share an `InferenceModel`.
     """
 
     def __init__(

@@ -136,9 +136,8 @@ def measure(args: argparse.Namespace) -> dict:
         their_codes, ms = their_frames(twin, ids, args.frames, args.static)
         times["theirs"].append(ms)
     equal = {name: float((own == their_codes).all(dim=1).float().mean()) for name, own in codes.items()}
-    ratio = {
-        name: statistics.median(t / o for t, o in zip(times["theirs"], times[name], strict=True)) for name in sides
-    }
+    pairs = {name: zip(times["theirs"], times[name], strict=True) for name in sides}
+    ratio = {name: statistics.median(theirs / own for theirs, own in pairs[name]) for name in sides}
     del twin, sides
     read = frame_cost(model.config, DTYPES[args.dtype].itemsize).bytes_moved
     speed = bandwidth(DTYPES[args.dtype])
