@@ -45,6 +45,7 @@ from evaluation_report import (
     write_report,
 )
 from generation import Reply, Sampling, check_tokenizer
+from inference_model import InferenceModel
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import (
@@ -283,7 +284,7 @@ def choose_replies(conversations: list[Conversation], limit: int, seed: int) -> 
 
 
 def speak(
-    model: CSM,
+    model: CSM | InferenceModel,
     tokenizer: AudioTokenizer,
     dataset: ConversationDataset,
     conversation: Conversation,
@@ -308,10 +309,11 @@ def evaluate_model(
     tokenizer = tokenizer.to(device)
     losses = held_out_losses(model, dataset, settings.max_clips, device, settings.seed)
     choices = choose_replies(dataset.conversations, settings.max_replies, settings.seed)
+    inference = InferenceModel(model)
     tally, waves, rows = Tally(), [], []
     voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
     for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
-        reply = speak(model, tokenizer, dataset, conversation, index, settings.sampling(), settings.seed + number)
+        reply = speak(inference, tokenizer, dataset, conversation, index, settings.sampling(), settings.seed + number)
         turn, speaker = conversation.turns[index], conversation.speakers[index]
         before = range(max(0, index - CONTEXT_TURNS), index)
         codes = {i: dataset.cache.codes[conversation.turns[i].utt_id] for i in (*before, index)}

@@ -25,6 +25,7 @@ from audio_tokenizer import AudioTokenizer
 from command_line import MissingRequirement
 from conversations import split_of
 from generation import Conversation, Reply, Sampling
+from inference_model import InferenceModel
 from speech_metrics import (
     EVALUATION_PACKAGES,
     Figure,
@@ -124,7 +125,7 @@ def spread(queues: Iterable[Sequence[Choice]]) -> Iterator[Choice]:
 
 
 def speak_after(
-    model: CSM,
+    model: CSM | InferenceModel,
     tokenizer: AudioTokenizer,
     text_tokenizer: TextTokenizer,
     before: Sequence[tuple[int, str, np.ndarray]],
@@ -291,9 +292,10 @@ class SpokenValidation:
         was_training = model.training
         model.eval()
         try:
+            inference = InferenceModel(model)
             replies = [
                 speak_after(
-                    model,
+                    inference,
                     self.tokenizer,
                     self.text_tokenizer,
                     [before],
