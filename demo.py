@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from audio import read_audio
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, StopSignals, only_run_in, run
 from generation import Sampling
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
@@ -131,13 +131,18 @@ def speak_all(args: argparse.Namespace) -> int:
     """The modes test and batch."""
     requests, results = read_requests(args.input) if args.mode == "batch" else (test_requests(args), [])
     worker = Worker(voice_of(args), args.out, args.threads)
-    with only_run_in(args.out):
+    with only_run_in(args.out), StopSignals() as stop:
         start = time.perf_counter()
         bar = tqdm(total=len(requests), desc="speaking", unit="conversation")
         with bar, contextlib.closing(answer_all(requests, worker, min(args.workers, len(requests) or 1))) as answers:
             for result in answers:
                 results.append(result)
                 bar.update()
+                if stop.received is not None:
+                    break
+        if stop.received is not None:
+            print(f"stopped after {bar.n} of {len(requests)} conversations; the same command goes on", file=sys.stderr)
+            return stop.exit_code
         results.sort(key=lambda result: result["index"])
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         summary = {"settings": settings, "environment": describe_environment(), "conversations": results}

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -360,6 +361,8 @@ WORKERS: list[Worker] = []  # of a process that a pool started, its own
 
 
 def start_worker(voice: Voice, out: Path, threads: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # also sent to the workers; the process that started them decides
+        signal.signal(number, signal.SIG_IGN)
     WORKERS[:] = [Worker(voice, out, threads)]
 
 

@@ -66,7 +66,8 @@ class Chat:
 
     def __init__(self, engine: Engine, out: Path, data: Path, play: bool, say: Callable[[str], None] = print):
         self.engine, self.out, self.data, self.say = engine, out, data, say
-        self.seed, self.speaker, self.number = engine.voice.seed, 0, 0
+        self.seed, self.speaker = engine.voice.seed, 0
+        self.number = max((int(path.name[:3]) for path in out.glob("[0-9][0-9][0-9]-speaker-*.wav")), default=0)
         self.voices: dict[int, tuple[str, np.ndarray, str]] = {}  # speaker -> name, clip, what is said in it
         self.device = sound_device() if play else None
         self.records: list[TurnRecord] | None = None  # of the collected data, read when they are asked for

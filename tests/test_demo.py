@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jsonschema
@@ -221,6 +222,25 @@ def test_a_full_disk_ends_the_batch_and_nothing_is_called_done(flags, tmp_path, 
     assert not (tmp_path / "out" / "one" / "result.json").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_batch_goes_on_where_it_was(flags, workers, number, tmp_path):
+    asked = flags([spoken(f"This is number {n}.", seed=n) for n in range(16)], max_seconds=2, min_seconds=2)
+    command = [sys.executable, "demo.py", *asked, "--workers", str(workers)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 100
+        while not any((tmp_path / "out").glob("*/result.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal does: to the workers too
+        error = process.stderr.read()
+    assert process.returncode == 128 + number, error
+    assert "the same command goes on" in error and "Traceback" not in error
+    done = {path.parent.name for path in (tmp_path / "out").glob("*/result.json")}
+    assert 1 <= len(done) < 16
+    assert run(demo.main, asked) == EXIT_DONE
+    assert {result["id"] for result in summary(tmp_path / "out") if result["status"] == "kept"} == done
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -291,6 +311,8 @@ def test_lines_are_spoken_by_the_current_speaker_and_written(chat, tmp_path):
     assert [file.name for file in files] == ["001-speaker-0.wav", "002-speaker-1.wav", "003-speaker-1.wav"]
     assert sum("real-time factor" in line for line in said) == 3
     assert len(talk.talk.turns) == 3
+    chat()[0].run(iter(["Once more."]))  # another day
+    assert len(sorted((tmp_path / "chat").glob("*.wav"))) == 4
 
 
 def test_a_saved_chat_goes_on_where_it_was(chat, tmp_path):
