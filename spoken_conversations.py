@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -217,9 +216,9 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
         return failure_or_raise(request, error)
     if (kept := kept_result(folder, want)) is not None:
         return {**head, "status": "kept", **kept}
-    shutil.rmtree(folder, ignore_errors=True)
     loaded = engine()
     try:
+        clear(folder)
         talk = loaded.conversation(request.content.get("seed", voice.seed))
         for speaker, clip in request.content.get("voices", {}).items():
             talk.add_turn(int(speaker), clip["text"], samples=read_audio(request.base / clip["audio"])[0])
@@ -238,6 +237,16 @@ def failure_or_raise(request: Request, error: Exception) -> dict:
     if exit_code_of(error) != EXIT_INPUT:
         raise error
     return failure(request.index, request.id, describe(error))
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier run left. ValueError, and nothing deleted, where anything else lies there."""
+    own = [path for pattern in ("conversation.wav", "turn-*.wav", "result.json*") for path in folder.glob(pattern)]
+    others = sorted({path.name for path in folder.glob("*")} - {path.name for path in own})
+    if others:
+        raise ValueError(f"{folder} holds {others[0]}, which no batch wrote; choose another id or another --out")
+    for path in own:
+        path.unlink()
 
 
 def kept_result(folder: Path, want: dict) -> dict | None:

@@ -195,6 +195,16 @@ def test_what_lies_there_is_kept_and_what_changed_is_made_anew(flags, clip, tmp_
     assert [result["status"] for result in summary(out)] == ["kept", "done", "kept"]
 
 
+def test_a_folder_of_something_else_is_left_alone(flags, tmp_path):
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "thesis.txt").write_text("years of work")
+    assert run(demo.main, flags([spoken(id="mine"), spoken()])) == EXIT_PARTIAL
+    results = summary(tmp_path / "out")
+    assert [result["status"] for result in results] == ["failed", "done"]
+    assert "mine holds thesis.txt, which no batch wrote" in results[0]["reason"]
+    assert (tmp_path / "out" / "mine" / "thesis.txt").read_text() == "years of work"
+
+
 def test_several_processes_say_what_one_says(flags, tmp_path):
     asked = [spoken(f"This is number {number}.", seed=number) for number in range(3)] + [{"turns": []}]
     assert run(demo.main, flags(asked)) == EXIT_PARTIAL
