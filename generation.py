@@ -10,12 +10,13 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import CSM, CSMCache
@@ -93,6 +94,14 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
     return index.gather(1, choice).squeeze(1)
 
 
+class Wanted(NamedTuple):
+    """What a conversation under way waits for: codes of N frames, from the depth decoder; none if they are known."""
+
+    hidden: Tensor  # (N, D) backbone states
+    codes: Tensor  # (N, k) their first codes
+    stop: int  # the first codebook that is not wanted
+
+
 class Speaker:
     """Draws frames in the two stages of section "Conversational Speech Model" of Sesame's article.
 
@@ -114,22 +123,30 @@ class Speaker:
         Only codebook 0 may take a special code, and only that of the end of turn, if the turn `may_end`; the other
         codes of such a frame are 0.
         """
+        return self.continue_frames(*self.begin_frame(hidden, may_end))
+
+    @torch.inference_mode()
+    def begin_frame(self, hidden: Tensor, may_end: bool = True) -> Wanted:
+        """(N, D) backbone states -> codebook 0 of the next frame, and what stage 1 wants to follow.
+
+        Where all N end the turn nothing more is wanted, unless the end is only known by the other codes.
+        """
         c = self.model.config
         allowed = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
-        logits = self.model.codebook0_head(hidden)[:, :allowed]
-        code = self._choose(logits)[:, None]
+        code = self.choose(self.model.codebook0_head(hidden)[:, :allowed])[:, None]
         stop = min(c.n_semantic, self.n_codebooks) if c.acoustic_delay else self.n_codebooks
         if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
-            return torch.cat((code, code.new_zeros(len(code), stop - 1)), dim=1)
-        return self.continue_frames(hidden, code, stop)
+            code = F.pad(code, (0, stop - 1))
+        return Wanted(hidden, code, stop)
 
+    @torch.inference_mode()
     def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int) -> Tensor:
         """(N, D) backbone states, (N, k) first codes -> (N, stop): codes k..stop-1 from the depth decoder."""
         if codes.size(1) == stop:
             return codes
-        return self.inference.depth.continue_frames(hidden, codes, stop, self._choose)
+        return self.inference.depth.continue_frames(hidden, codes, stop, self.choose)
 
-    def _choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor) -> Tensor:
         return draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
 
 
@@ -238,6 +255,18 @@ class Conversation:
         It joins the conversation when it ends, when it is cut at `max_seconds`, or when the caller stops reading;
         `turns[-1]` holds it and `ended` says whether the model ended it.
         """
+        codes = None
+        with contextlib.closing(self.steps(speaker, text, gap_seconds)) as steps, contextlib.suppress(StopIteration):
+            while True:
+                found = steps.send(codes)
+                codes = self.speaker.continue_frames(*found) if isinstance(found, Wanted) else None
+                if codes is None:
+                    yield found
+
+    def steps(
+        self, speaker: int, text: str | None, gap_seconds: float = 0.0
+    ) -> Generator[Wanted | np.ndarray, Tensor | None, None]:
+        """`stream` without the depth decoder: also yields what is wanted of it, and is sent (N, stop) codes then."""
         if text is None:
             self._need_text_head("reply")
             ids = prompt = turn_prompt(self.text_tokenizer, speaker)
@@ -261,18 +290,24 @@ class Conversation:
                             hidden = self._write_id(turn, hidden)
                 written = turn.text_ids[-1] == self.text_tokenizer.eos
                 may_end = written and len(frames.first) >= self.sampling.min_frames
-                self.ended = not frames.begin(hidden, may_end)
-                samples = frames.finish(all_of_them=self.ended)
-                if len(samples):
-                    yield samples
+                self.ended = not frames.begin(hidden, (yield self.speaker.begin_frame(hidden, may_end)))
+                if (wanted := frames.wanted(all_of_them=self.ended)) is not None:
+                    samples = frames.finish((yield wanted))
+                    if len(samples):
+                        yield samples
                 if not self.ended:
                     hidden = self._read(self.layout.audio_row(frames.codes(), self.clock))
                     frames.n_read = len(frames.first)
-            samples = frames.finish(all_of_them=True, flush=True)
+            if (wanted := frames.wanted(all_of_them=True)) is not None:
+                samples = frames.finish((yield wanted))
+                if len(samples):
+                    yield samples
+            samples = frames.flush()
             if len(samples):
                 yield samples
         finally:
-            frames.finish(all_of_them=True)
+            if (wanted := frames.wanted(all_of_them=True)) is not None:  # the caller has stopped reading
+                frames.finish(self.speaker.continue_frames(*wanted))
             self._close(turn, speaker, frames, before)
 
     def speak(
@@ -418,11 +453,9 @@ class _Frames:
         self.decoded: list[np.ndarray] = []
         self.n_read = 0  # rows of them that the backbone has read
 
-    def begin(self, hidden: Tensor, may_end: bool) -> bool:
-        """Stage 1 of the next frame; False if it is the end of the turn."""
-        with torch.inference_mode():
-            codes = self.c.speaker.first_codes(hidden, may_end)
-        whole = torch.nn.functional.pad(codes[0], (0, self.c.layout.n_codebooks - codes.size(1)))
+    def begin(self, hidden: Tensor, codes: Tensor) -> bool:
+        """(1, D) state and (1, k) codes of stage 1 of the next frame; False if it is the end of the turn."""
+        whole = F.pad(codes[0], (0, self.c.layout.n_codebooks - codes.size(1)))
         if bool(self.c.layout.is_end_of_turn(whole)):
             return False
         self.first.append(codes[0])
@@ -432,24 +465,30 @@ class _Frames:
     def codes(self) -> Tensor:
         """(n, K) of all frames; the acoustic codes of those that wait are 0 and not read before they are known."""
         K = self.c.speaker.n_codebooks
-        waiting = [torch.nn.functional.pad(codes, (0, K - len(codes))) for codes in self.first[len(self.whole) :]]
+        waiting = [F.pad(codes, (0, K - len(codes))) for codes in self.first[len(self.whole) :]]
         codes = [*self.whole, *waiting]
         return torch.stack(codes).cpu() if codes else torch.empty(0, K, dtype=torch.int64)
 
-    def finish(self, all_of_them: bool, flush: bool = False) -> np.ndarray:
-        """Stage 2 for the frames that wait, if they fill a batch; the samples that are new."""
-        waiting, chunks = len(self.states), []
-        with torch.inference_mode():
-            if waiting and (all_of_them or waiting >= self.c.acoustic_batch):
-                first = torch.stack(self.first[-waiting:])  # (N, k)
-                codes = self.c.speaker.continue_frames(torch.cat(self.states), first, self.c.speaker.n_codebooks)
-                self.whole += list(codes)
-                self.states = []
-                samples = self.decoder.push(codes[None])[0].cpu().numpy()
-                chunks.append(samples[self.lead_in :])
-                self.lead_in = max(0, self.lead_in - len(samples))
-            if flush and self.whole:
-                chunks.append(self.decoder.flush()[0].cpu().numpy())
-        samples = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
-        self.decoded.append(samples)
-        return samples
+    def wanted(self, all_of_them: bool) -> Wanted | None:
+        """Stage 2 of the frames that wait, if they fill a batch."""
+        waiting = len(self.states)
+        if waiting == 0 or (not all_of_them and waiting < self.c.acoustic_batch):
+            return None
+        return Wanted(torch.cat(self.states), torch.stack(self.first[-waiting:]), self.c.speaker.n_codebooks)
+
+    @torch.inference_mode()
+    def finish(self, codes: Tensor) -> np.ndarray:
+        """(N, K) codes of the frames that waited; the samples that are new."""
+        self.whole += list(codes)
+        self.states = []
+        samples = self.decoder.push(codes[None])[0].cpu().numpy()
+        self.decoded.append(samples[self.lead_in :])
+        self.lead_in = max(0, self.lead_in - len(samples))
+        return self.decoded[-1]
+
+    @torch.inference_mode()
+    def flush(self) -> np.ndarray:
+        """What the decoder has kept of the turn's end."""
+        if self.whole:
+            self.decoded.append(self.decoder.flush()[0].cpu().numpy())
+        return self.decoded[-1] if self.whole else np.zeros(0, dtype=np.float32)

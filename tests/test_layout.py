@@ -42,6 +42,7 @@ LEVELS = (
         "codec_probes",
         "conversation_state",
         "fine_tuning",
+        "speaking_together",
         "spoken_validation",
         "synthetic_voices",
         "training_config",

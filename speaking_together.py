@@ -1,0 +1,91 @@
+"""Several conversations that speak at once: one pass of the depth decoder draws the codes of all that wait.
+
+The depth decoder is most of a frame's time, and of its time most goes into moving its weights, which N frames share.
+The backbone reads each conversation by itself. A conversation says what it would alone, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from generation import Conversation, Wanted
+
+
+class Together:
+    """Turns under way, of conversations that share an `InferenceModel`; others may join at any time."""
+
+    def __init__(self) -> None:
+        self.talks: dict[Hashable, Conversation] = {}
+        self.steps: dict = {}
+        self.waiting: dict[Hashable, Wanted] = {}
+
+    def begin(
+        self, name: Hashable, talk: Conversation, speaker: int, text: str | None, gap_seconds: float = 0.0
+    ) -> None:
+        """Let a conversation say something, as `Conversation.stream`. ValueError: it does already, or another model."""
+        if any(other is talk for other in self.talks.values()) or name in self.talks:
+            raise ValueError(f"{name!r} speaks already")
+        if any(other.speaker.inference is not talk.speaker.inference for other in self.talks.values()):
+            raise ValueError(f"{name!r} is a conversation with another InferenceModel")
+        self.talks[name], self.steps[name] = talk, talk.steps(speaker, text, gap_seconds)
+
+    def stop(self, name: Hashable) -> None:
+        """Interrupt a speaker; what was said is kept. Nothing for one that does not speak."""
+        self.waiting.pop(name, None)
+        self.talks.pop(name, None)
+        if (steps := self.steps.pop(name, None)) is not None:
+            steps.close()
+
+    def round(self) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
+        """One pass for all: yields (name, samples) that are new, (name, None) of those that are done.
+
+        The error of one, (name, error), ends that one only.
+        """
+        codes = self._draw()
+        for name in list(self.steps):
+            try:
+                found = self.steps[name].send(codes.get(name))
+                while not isinstance(found, Wanted):
+                    yield name, found
+                    if name not in self.steps:  # stopped by who read it
+                        break
+                    found = self.steps[name].send(None)
+                else:
+                    self.waiting[name] = found
+            except StopIteration:
+                self.stop(name)
+                yield name, None
+            except Exception as error:
+                self.stop(name)
+                yield name, error
+
+    def _draw(self) -> dict[Hashable, Tensor]:
+        """The codes that are waited for: together those that begin and end with the same codebook."""
+        groups: dict[tuple[int, int], list[Hashable]] = {}
+        for name, wanted in self.waiting.items():
+            groups.setdefault((wanted.codes.size(1), wanted.stop), []).append(name)
+        drawn = {}
+        for (known, stop), names in groups.items():
+            wanted = [self.waiting[name] for name in names]
+            sizes = [len(each.codes) for each in wanted]
+            codes = torch.cat([each.codes for each in wanted])
+            if known < stop:
+                speakers = [self.talks[name].speaker for name in names]
+
+                def choose(logits: Tensor, speakers=speakers, sizes=sizes) -> Tensor:
+                    parts = zip(speakers, logits.split(sizes), strict=True)
+                    return torch.cat([speaker.choose(part) for speaker, part in parts])
+
+                hidden = torch.cat([each.hidden for each in wanted])
+                with torch.inference_mode():
+                    codes = speakers[0].inference.depth.continue_frames(hidden, codes, stop, choose)
+            drawn |= dict(zip(names, codes.split(sizes), strict=True))
+        self.waiting.clear()
+        return drawn
+
+    def __len__(self) -> int:
+        return len(self.steps)

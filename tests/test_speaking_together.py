@@ -1,0 +1,127 @@
+"""Conversations that speak at once say what each would alone; joining, leaving and failing spoil no other."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import full_model, tiny_model
+
+from generation import Conversation, Sampling
+from inference_model import InferenceModel
+from speaking_together import Together
+from text_tokenizer import ByteTokenizer
+
+TEXT = ByteTokenizer()
+SHORT = Sampling(max_seconds=1.2, max_text_ids=9)
+TEXTS = ("Hi.", "What a long sentence this is, is it not?", "Yes.", "No, never.")
+
+
+def talks(inference, tokenizer) -> list[Conversation]:
+    """Different lengths, seeds, sampling, batches of stage 2 and numbers of codebooks."""
+    changes = ({}, {"temperature": 0.5}, {"max_seconds": 0.5}, {"codebooks": 3}, {"codebooks": 1})
+    most = max(1, inference.config.acoustic_delay)
+    return [
+        Conversation(
+            inference,
+            tokenizer,
+            TEXT,
+            sampling=dataclasses.replace(SHORT, **change),
+            seed=seed,
+            acoustic_batch=1 + seed % most,
+        )
+        for seed, change in enumerate(changes)
+    ]
+
+
+def heard(together: Together) -> dict:
+    """Samples of all that speak, to their ends."""
+    chunks: dict = {}
+    while len(together):
+        for name, found in together.round():
+            if found is not None:
+                assert not isinstance(found, Exception), found
+                chunks.setdefault(name, []).append(found)
+    return {name: np.concatenate(parts) for name, parts in chunks.items()}
+
+
+@pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_each_says_what_it_would_alone_over_several_turns(make, tokenizer):
+    inference = InferenceModel(make())
+    alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
+    for turn in range(2):
+        texts = [TEXTS[(turn + number) % len(TEXTS)] for number in range(len(alone))]
+        if turn and inference.config.text_head:
+            texts[0] = None  # answers with words of its own
+        replies = [talk.speak(turn, text) for talk, text in zip(alone, texts, strict=True)]
+        together = Together()
+        for name, (talk, text) in enumerate(zip(at_once, texts, strict=True)):
+            together.begin(name, talk, turn, text)
+        samples = heard(together)
+        for name, reply in enumerate(replies):
+            assert torch.equal(at_once[name].turns[-1].codes, reply.codes), name
+            np.testing.assert_allclose(samples.get(name, np.zeros(0)), reply.samples, atol=1e-5)
+            assert at_once[name].ended == reply.ended
+            assert at_once[name].turns[-1].text_ids == alone[name].turns[-1].text_ids
+    assert len({len(talk.turns[-1].codes) for talk in alone}) > 1
+
+
+def test_others_may_join_and_leave_at_any_time(tokenizer):
+    inference = InferenceModel(full_model())
+    alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
+    lasting = [talk.speak(0, TEXTS[1]).codes for talk in alone]
+    together = Together()
+    together.begin(0, at_once[0], 0, TEXTS[1])
+    for _ in range(3):
+        list(together.round())
+    together.begin(1, at_once[1], 0, TEXTS[1])
+    together.begin(2, at_once[2], 0, TEXTS[1])
+    for _ in range(2):
+        list(together.round())
+    together.stop(2)
+    together.stop("nobody")
+    heard(together)
+    assert torch.equal(at_once[0].turns[-1].codes, lasting[0])
+    assert torch.equal(at_once[1].turns[-1].codes, lasting[1])
+    said = at_once[2].turns[-1].codes
+    assert 0 < len(said) < len(lasting[2])
+    assert torch.equal(said[:, :2], lasting[2][: len(said), :2])  # stage 2 was drawn early, for fewer frames
+    assert len(at_once[2].speak(0, "Go on.").codes)
+
+
+def test_who_reads_may_stop_a_speaker(tokenizer):
+    inference = InferenceModel(tiny_model())
+    together, (talk, *_) = Together(), talks(inference, tokenizer)
+    together.begin("a", talk, 0, TEXTS[1])
+    found = []
+    while len(together):
+        for name, samples in together.round():
+            found.append(samples)
+            together.stop(name)
+    assert len(found) == 1 and len(talk.turns[-1].codes) >= 1
+
+
+def test_the_error_of_one_ends_that_one_only(tokenizer):
+    inference = InferenceModel(tiny_model())
+    together, (good, bad, twice, *_) = Together(), talks(inference, tokenizer)
+    expected = talks(inference, tokenizer)[0].speak(0, TEXTS[1]).codes
+    together.begin("good", good, 0, TEXTS[1])
+    together.begin("bad", bad, 0, "?!")
+    together.begin("reply", twice, 0, None)
+    errors = {}
+    while len(together):
+        errors |= {name: found for name, found in together.round() if isinstance(found, Exception)}
+    assert sorted(errors) == ["bad", "reply"]
+    assert "holds no letter" in str(errors["bad"]) and "cannot reply" in str(errors["reply"])
+    assert torch.equal(good.turns[-1].codes, expected) and not bad.turns
+
+
+def test_a_conversation_speaks_once_at_a_time_and_with_one_model(tokenizer):
+    inference = InferenceModel(tiny_model())
+    together, (talk, other, *_) = Together(), talks(inference, tokenizer)
+    together.begin("a", talk, 0, "Hi.")
+    for name, again in (("a", other), ("b", talk)):
+        with pytest.raises(ValueError, match="speaks already"):
+            together.begin(name, again, 0, "Hi.")
+    with pytest.raises(ValueError, match="another InferenceModel"):
+        together.begin("c", Conversation(tiny_model(), tokenizer, TEXT), 0, "Hi.")
