@@ -28,6 +28,8 @@ PSEUDO = 0.2  # share of the voice sets of the training split that are joined in
 TARGET_LUFS = -23.0  # EBU R 128
 PEAK_DBFS = -1.0
 
+CLIP_SECONDS = 5.0  # of a clip that shows a voice, if there is one
+
 
 def share_of(name: str) -> float:
     """A number in [0, 1) that is the same for a name for ever, and evenly spread over names."""
@@ -83,6 +85,21 @@ def read_clips(data_dir: Path, gains: dict[str, float]) -> list[tuple[TurnRecord
         for turn in read_turns(data_dir, with_audio=True)
         if turn.utt_id in gains
     ]
+
+
+def choose_clip(turns: list[TurnRecord], name: str, style: str | None = None) -> TurnRecord:
+    """A turn to show a voice by, of about `CLIP_SECONDS`. ValueError: no such voice, or none of its turns in the style.
+
+    `name` is a speaker's, with or without the source before the colon.
+    """
+    own = [turn for turn in turns if name in (turn.speaker_id, turn.speaker_id.split(":")[-1])]
+    if not own:
+        raise ValueError(f"the collected data holds no voice {name!r}")
+    fitting = [turn for turn in own if style in (None, turn.style)]
+    if not fitting:
+        styles = sorted({turn.style or "no style" for turn in own})
+        raise ValueError(f"{own[0].speaker_id} has no clip in the style {style!r}, but in: {', '.join(styles)}")
+    return min(fitting, key=lambda turn: abs(turn.duration_s - CLIP_SECONDS))
 
 
 @dataclass(frozen=True)

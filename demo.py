@@ -3,6 +3,7 @@
     interactive   a terminal: what you type is spoken, /help lists the commands
     test          fixed conversations to wav files
     batch         the conversations of a JSON file to wav files; --schema prints its form
+    web           a page in a browser, and OpenAI's speech endpoint, both on this machine only
 
 Measured for each turn: its duration, the time to its first audio and the real-time factor (compute time over audio
 time, below 1 is faster than speech).
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import socket
 import statistics
 import sys
 import time
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from audio import read_audio
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, StopSignals, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
 from generation import Sampling
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
@@ -43,9 +45,9 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
         (1, "That is fantastic! When do you start?"),
     ],
 }
-MODES = ("interactive", "test", "batch")
-TURN_SECONDS = {"interactive": 20.0, "test": 5.0, "batch": 20.0}  # defaults of --max_seconds ...
-LEAST_SECONDS = {"interactive": 0.0, "test": 1.5, "batch": 0.0}  # ... and --min_seconds
+MODES = ("interactive", "test", "batch", "web")
+TURN_SECONDS = {"test": 5.0}  # defaults of --max_seconds, else 20 ...
+LEAST_SECONDS = {"test": 1.5}  # ... and --min_seconds, else 0
 FEW_STEPS = 5000  # below this a model of any size babbles
 BABBLE = (
     "This model was trained for {steps} steps, so its voice babbles: speech-like sound without words. To read its "
@@ -79,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--voice_text", help="what is said in --voice")
     add("--raw_text", action="store_true", help="speak texts as written: no words for numbers, dates and the like")
 
-    group = parser.add_argument_group("--mode interactive")
-    group.add_argument("--data", type=Path, default=Path("data"), help="collected data, for /voice NAME" + shown)
+    group = parser.add_argument_group("--mode interactive, --mode web")
+    group.add_argument("--data", type=Path, default=Path("data"), help="collected data, for its voices" + shown)
     play = "play replies, where there are a sound device and the package sounddevice" + shown
     group.add_argument("--play", action=argparse.BooleanOptionalAction, default=True, help=play)
 
@@ -89,6 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", type=Path, metavar="JSON", help="the conversations; those that lie in --out already are kept")
     add("--schema", action="store_true", help="print the form of --input as a JSON Schema, and end")
     add("--workers", type=int, default=1, help="processes, each with a model of its own" + shown)
+
+    group = parser.add_argument_group("--mode web")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; others than this let other machines in" + shown)
+    add("--port", type=int, default=8000, help="port to listen on, 0 for a free one" + shown)
+    add("--speaking", type=int, default=8, help="requests that are spoken at once" + shown)
+    add("--waiting", type=int, default=64, help="requests that wait; more are told to come back" + shown)
     return parser
 
 
@@ -99,14 +108,17 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--voice and --voice_text go together: the clip and what is said in it")
     if (args.input is not None) != (args.mode == "batch") and not args.schema:
         parser.error("--mode batch and --input JSON go together")
-    if args.threads < 1 or args.workers < 1:
-        parser.error("--threads and --workers must be at least 1")
+    for name in ("threads", "workers", "speaking", "waiting"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not 0 <= args.port < 65536:
+        parser.error("--port must be from 0 to 65535")
     if args.out is None:
         args.out = Path("runs/demo") if args.mode == "test" else Path("runs/demo") / args.mode
     if args.max_seconds is None:
-        args.max_seconds = TURN_SECONDS[args.mode]
+        args.max_seconds = TURN_SECONDS.get(args.mode, 20.0)
     if args.min_seconds is None:
-        args.min_seconds = min(LEAST_SECONDS[args.mode], args.max_seconds)
+        args.min_seconds = min(LEAST_SECONDS.get(args.mode, 0.0), args.max_seconds)
     return args
 
 
@@ -205,6 +217,42 @@ def chat(args: argparse.Namespace) -> int:
         return talk.run(typed_lines(talk))
 
 
+def serve(args: argparse.Namespace) -> int:
+    """The mode web."""
+    try:
+        import uvicorn
+
+        from speech_server import Studio, collected_voices, make_app
+    except ImportError as error:
+        raise MissingRequirement(
+            f"--mode web needs more packages ({error}): python setup_environment.py --extras data eval web"
+        ) from error
+    with contextlib.closing(listen_on(args.host, args.port)) as own:
+        engine = voice_of(args).load()
+        engine.warm_up()
+        note_training(args.checkpoint)
+        voices = collected_voices(engine, args.data)
+        with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
+            app = make_app(engine, voices, studio, Path(args.checkpoint).name)
+            print(f"http://{args.host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[own])
+    return EXIT_DONE
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """ValueError: the port is taken or the address is not of this machine."""
+    own = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        own.bind((host, port))
+    except OSError as error:
+        own.close()
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}); give another --port"
+        ) from error
+    return own
+
+
 def typed_lines(talk: Chat) -> Iterator[str]:
     """What is typed or piped in, to its end."""
     with contextlib.suppress(ImportError):  # line editing, where the system has it
@@ -221,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.schema:
         print(json.dumps(SCHEMA, indent=2))
         return EXIT_DONE
-    return chat(args) if args.mode == "interactive" else speak_all(args)
+    return {"interactive": chat, "web": serve}.get(args.mode, speak_all)(args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ set "OMP_NUM_THREADS=1"
 set "HF_HUB_OFFLINE=1"
 set "MPLBACKEND=Agg"
 
-%PYTHON% setup_environment.py --extras data eval filters dev || goto failed
+%PYTHON% setup_environment.py --extras data eval filters web dev || goto failed
 .venv\Scripts\python.exe -m ruff check . || goto failed
 .venv\Scripts\python.exe -m ruff format --check . || goto failed
 .venv\Scripts\python.exe -m pytest %* || goto failed

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 # on busy cores two threads of torch can be slower than
 export HF_HUB_OFFLINE=1  # no test may need a network
 export MPLBACKEND=Agg    # plots go to files
 
-"${PYTHON:-python3}" setup_environment.py --extras data eval filters dev
+"${PYTHON:-python3}" setup_environment.py --extras data eval filters web dev
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 exec .venv/bin/python -m pytest "$@"

@@ -50,6 +50,7 @@ EXTRAS = {
     "dev": "the test suite and the linter: run_tests.sh",
     "wandb": "Weights & Biases, for train.py --wandb",
     "play": "the sound device, for demo.py",
+    "web": "the server, for demo.py --mode web",
     "common-voice": "Mozilla's client, for collect_data.py --sources common_voice; Python 3.12 or later",
 }
 # An extra has requirements-<extra>.txt, and for what pip cannot install in the same way files with these endings

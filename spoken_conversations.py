@@ -134,6 +134,10 @@ class Engine(NamedTuple):
     text_tokenizer: TextTokenizer
     voice: Voice
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.model.parameters()).device
+
     def conversation(self, seed: int, **changes: object) -> Conversation:
         """A new one; `changes` of the sampling."""
         sampling = dataclasses.replace(self.voice.sampling, **changes)

@@ -17,7 +17,7 @@ import numpy as np
 from audio import SAMPLE_RATE, read_audio, write_wav
 from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignals, describe, exit_code_of
 from conversation_state import load_conversation, save_conversation
-from conversations import loudness_gains, read_clips
+from conversations import choose_clip, loudness_gains, read_clips
 from generation import Conversation, Reply
 from spoken_conversations import Engine, speak_whole
 from turn_shards import TurnRecord, read_turns
@@ -37,7 +37,6 @@ HELP = """\
   /help, /quit         (Ctrl-C while somebody speaks: interrupts him, what was said is kept)"""
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH = 60  # characters of a waveform
-CLIP_SECONDS = 5.0  # of a voice's clip, if there is one
 
 
 def waveform(samples: np.ndarray) -> str:
@@ -242,15 +241,11 @@ class Chat:
             self.say(f"  {name}: {', '.join(sorted(found))}")
 
     def find_voice(self, name: str, style: str | None) -> tuple[str, np.ndarray, str]:
-        """A clip of a voice, of about `CLIP_SECONDS`: the voice's whole name, samples and text."""
-        own = [record for record in self.collected() if name in (record.speaker_id, record.speaker_id.split(":")[-1])]
-        if not own:
-            raise ValueError(f"{self.data} holds no voice {name!r}, nor is it a file; /voice lists the voices")
-        fitting = [record for record in own if style in (None, record.style)]
-        if not fitting:
-            styles = sorted({record.style or "no style" for record in own})
-            raise ValueError(f"{own[0].speaker_id} has no clip in the style {style!r}, but in: {', '.join(styles)}")
-        chosen = min(fitting, key=lambda record: abs(record.duration_s - CLIP_SECONDS))
+        """A clip of a collected voice: its whole name, samples and text."""
+        try:
+            chosen = choose_clip(self.collected(), name, style)
+        except ValueError as error:
+            raise ValueError(f"{error}; /voice lists the voices, or give a file") from error
         gain = loudness_gains(self.collected())[chosen.utt_id]
         (record, samples), *_ = read_clips(self.data, {chosen.utt_id: gain})
         return record.speaker_id, samples, record.text

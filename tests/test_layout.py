@@ -49,7 +49,7 @@ LEVELS = (
         "training_pictures",
     },
     {"codec_gates", "speech_sources", "spoken_conversations", "training", "training_start"},
-    {"debian_speech", "evaluation_framework", "public_speech", "speech_filters", "terminal_chat"},
+    {"debian_speech", "evaluation_framework", "public_speech", "speech_filters", "speech_server", "terminal_chat"},
     {"dialogue_corpora"},
     {
         "collect_data",

@@ -76,7 +76,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "requirements-dev.txt").write_text("")
     (root / "requirements-common-voice.txt").write_text("")
     (root / "requirements-filters.txt").write_text("")
-    for extra in ("wandb", "play"):
+    for extra in ("wandb", "play", "web"):
         (root / f"requirements-{extra}.txt").write_text("")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)

@@ -1,0 +1,383 @@
+"""A server on this machine: a page to talk with the model, and the speech endpoint of OpenAI's API.
+
+    GET  /                        the page
+    POST /v1/audio/speech         {"input": TEXT, "voice": NAME, "response_format": "wav"|"pcm"|"flac"|"mp3", "seed": N}
+    GET  /v1/models, /v1/voices
+    POST /talk/ID/say             {"speaker": N, "text": TEXT or null, "voice": NAME or null} -> 16-bit PCM as it comes
+    POST /talk/ID/hear?speaker=N  a wav, flac, ogg or mp3 file -> {"text": what the model heard}
+    GET  /talk/ID                 the turns of a conversation; DELETE forgets it
+
+PCM is 24 kHz, mono. wav and pcm are sent while they are spoken. One thread does all of torch's work; up to `speaking`
+requests share each pass of the depth decoder, `waiting` more queue, others are told to come back (429). Errors are
+JSON as OpenAI's: {"error": {"message", "type", "param", "code"}}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import io
+import queue
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from audio import FRAME_RATE, SAMPLE_RATE, read_audio, to_pcm16
+from command_line import describe, exit_code_of
+from conversations import choose_clip, loudness_gains, read_clips
+from frames import Turn
+from generation import Conversation
+from speaking_together import Together
+from spoken_conversations import MOST_CHARACTERS, Engine
+from spoken_text import read_aloud, split_text
+from text_tokenizer import clean_text, turn_text
+from turn_shards import ledgers, read_turns
+
+PAGE = Path(__file__).with_name("web_page.html")
+MOST_INPUT = 4096  # characters, as OpenAI's
+MOST_BYTES = 10 * 2**20  # of a body
+MOST_TALKS = 32  # conversations kept; the one longest unused is forgotten
+MOST_VOICES = 50
+NO_VOICE = "none"  # the name of whatever voice the model draws
+MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "flac": "audio/flac", "mp3": "audio/mpeg"}
+
+
+class Clip(NamedTuple):
+    """What a voice sounds like."""
+
+    codes: torch.Tensor  # (T, K)
+    text: str
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", str_strip_whitespace=True)
+
+
+class SpeechRequest(Strict):
+    input: str = Field(min_length=1, max_length=MOST_INPUT)
+    model: str = ""
+    voice: str = NO_VOICE
+    response_format: Literal["wav", "pcm", "flac", "mp3"] = "wav"
+    speed: float = Field(default=1.0, ge=1.0, le=1.0)  # the model has one
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+
+
+class SayRequest(Strict):
+    speaker: int = Field(default=0, ge=0, le=99)
+    text: str | None = Field(default=None, max_length=MOST_INPUT)
+    voice: str | None = None  # of the speaker, heard before he says the first thing
+
+
+def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
+    """One clip of each of the first `MOST_VOICES` speakers of the collected data; none where there is no data."""
+    if not ledgers(data):
+        return {}
+    turns = list(read_turns(data, with_audio=False))
+    chosen = [choose_clip(turns, name) for name in sorted({turn.speaker_id for turn in turns})[:MOST_VOICES]]
+    gains = loudness_gains(turns)
+    clips = {}
+    for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):
+        wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
+        with torch.inference_mode():
+            codes = engine.tokenizer.encode(wave.to(engine.device))[0].cpu()
+        clips[turn.speaker_id.split(":")[-1]] = Clip(codes, turn.text)
+    return clips
+
+
+class Busy(RuntimeError):
+    """More requests wait than the server takes."""
+
+
+class Job:
+    """A text being spoken for a request: samples arrive in `chunks`, then None or an error."""
+
+    def __init__(self, talk: Callable[[], Conversation], speaker: int, texts: list[str | None]):
+        self.talk, self.speaker, self.texts = talk, speaker, collections.deque(texts)
+        self.loop = asyncio.get_running_loop()
+        self.chunks: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue()
+        self.cancelled = False
+        self.conversation: Conversation | None = None
+
+    def put(self, found: np.ndarray | Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(self.chunks.put_nowait, found)
+
+
+class Studio:
+    """The thread that speaks."""
+
+    def __init__(self, engine: Engine, speaking: int, waiting: int, threads: int):
+        self.engine, self.speaking, self.most_waiting, self.threads = engine, speaking, waiting, threads
+        self.together = Together()
+        self.live: dict[Job, None] = {}
+        self.waiting: collections.deque[Job] = collections.deque()
+        self.calls: queue.Queue[tuple[Callable, concurrent.futures.Future] | None] = queue.Queue()
+        self.closed = False
+        self.thread = threading.Thread(target=self.run, name="studio", daemon=True)
+        self.thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Let a job be spoken when its turn comes. Busy: too many wait."""
+        if len(self.waiting) >= self.most_waiting:
+            raise Busy(f"{len(self.live)} requests are spoken and {len(self.waiting)} wait; try again later")
+        self.waiting.append(job)
+        self.calls.put(None)  # wakes the thread
+
+    async def call(self, function: Callable):
+        """Run something in the thread that owns the model; its result or error."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self.calls.put((function, future))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        self.closed = True
+        self.calls.put(None)
+        self.thread.join()
+
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        while not self.closed:
+            self.answer_calls(block=not self.live and not self.waiting)
+            while self.waiting and len(self.live) < self.speaking:
+                self.start(self.waiting.popleft())
+            for job in [job for job in self.live if job.cancelled]:
+                self.end(job, None)
+            for job, found in self.together.round():
+                if isinstance(found, np.ndarray):
+                    job.put(found)
+                elif found is None and job.texts and not job.cancelled:
+                    self.next_text(job)
+                else:
+                    self.end(job, found)
+        for job in list(self.live):
+            self.end(job, None)
+
+    def answer_calls(self, block: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            while (item := self.calls.get(block=block)) is not None:
+                function, future = item
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+                block = False
+
+    def start(self, job: Job) -> None:
+        if job.cancelled:
+            return
+        self.live[job] = None
+        try:
+            job.conversation = job.talk()
+            self.next_text(job)
+        except Exception as error:
+            self.end(job, error)
+
+    def next_text(self, job: Job) -> None:
+        """The next piece of a long text is the next turn of the same speaker."""
+        self.together.begin(job, job.conversation, job.speaker, job.texts.popleft())
+
+    def end(self, job: Job, found: Exception | None) -> None:
+        self.together.stop(job)
+        self.live.pop(job, None)
+        job.put(found)
+
+
+# ---- audio -----------------------------------------------------------------------------------------------------------
+
+
+def wav_header() -> bytes:
+    """Of a stream of 16-bit PCM whose length is not known yet."""
+    rate = struct.pack("<IHHIIHH", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+    return b"RIFF" + b"\xff\xff\xff\xff" + b"WAVEfmt " + rate + b"data" + b"\xff\xff\xff\xff"
+
+
+async def pcm_of(job: Job) -> AsyncIterator[bytes]:
+    """Little-endian 16-bit samples as they come; who stops reading stops the speaker."""
+    try:
+        while isinstance(found := await job.chunks.get(), np.ndarray):
+            yield to_pcm16(found).astype("<i2").tobytes()
+        if found is not None:
+            raise found
+    finally:
+        job.cancelled = True
+
+
+def encoded(pcm: bytes, container: str) -> bytes:
+    """A whole file."""
+    file = io.BytesIO()
+    soundfile.write(file, np.frombuffer(pcm, "<i2"), SAMPLE_RATE, format=container.upper())
+    return file.getvalue()
+
+
+async def streamed(job: Job, head: bytes, media: str) -> Response:
+    """A response that begins with the first samples, so that an error before them has its own status."""
+    parts = pcm_of(job)
+    first = await anext(parts, b"")
+
+    async def body() -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(parts):
+            yield head + first
+            async for part in parts:
+                yield part
+
+    return StreamingResponse(body(), media_type=media)
+
+
+# ---- the application -------------------------------------------------------------------------------------------------
+
+
+def failure(status: int, message: str, param: str | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    kind = "rate_limit_error" if status == 429 else kind
+    error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": None}
+    return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == 429 else None)
+
+
+def pieces_of(engine: Engine, text: str) -> list[str]:
+    """A text in turns of at most `MOST_CHARACTERS`. ValueError if nothing in it can be spoken."""
+    return split_text(clean_text(text if engine.voice.raw_text else read_aloud(text)), MOST_CHARACTERS)
+
+
+class Talks:
+    """Conversations of the page, each by a name that the page has chosen."""
+
+    def __init__(self, engine: Engine, voices: dict[str, Clip]):
+        self.engine, self.voices = engine, voices
+        self.kept: collections.OrderedDict[str, Conversation] = collections.OrderedDict()
+        self.busy: set[str] = set()
+
+    def get(self, name: str) -> Conversation:
+        if name not in self.kept:
+            self.kept[name] = self.engine.conversation(self.engine.voice.seed)
+            while len(self.kept) > MOST_TALKS:
+                self.kept.pop(next(iter(self.kept)))
+        self.kept.move_to_end(name)
+        return self.kept[name]
+
+    def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
+        """A conversation in which the speaker was heard in that voice. ValueError for one that is not there."""
+        if voice not in (None, "", NO_VOICE):
+            if voice not in self.voices:
+                raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
+            clip = self.voices[voice]
+            talk.add_turn(speaker, clip.text, codes=clip.codes)
+        return talk
+
+
+def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name: str = "csm") -> FastAPI:
+    """The server's routes; `studio` is to be closed by who made it."""
+    app = FastAPI(title="Conversational Speech Model", openapi_url=None)
+    talks, began = Talks(engine, voices), int(time.time())
+
+    @app.middleware("http")
+    async def limit(request: Request, forward):
+        length = request.headers.get("content-length", "0")
+        if request.method == "POST" and (not length.isdigit() or "content-length" not in request.headers):
+            return failure(411, "a body needs its length")
+        if int(length) > MOST_BYTES:
+            return failure(413, f"the body has {length} bytes, at most {MOST_BYTES} are taken")
+        return await forward(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        return failure(400, f"{place}: {first['msg']}" if place else str(first["msg"]), place or None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException):
+        return failure(error.status_code, str(error.detail))
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy):
+        return failure(429, str(error))
+
+    @app.exception_handler(Exception)
+    async def wrong(request: Request, error: Exception):
+        known = exit_code_of(error) is not None
+        return failure(400 if known else 500, describe(error) if known else f"internal error: {type(error).__name__}")
+
+    for kind in (ValueError, OSError):
+        app.add_exception_handler(kind, wrong)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return PAGE.read_text(encoding="utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [{"id": model_name, "object": "model", "created": began, "owned_by": "you"}]}
+
+    @app.get("/v1/voices")
+    async def list_voices() -> dict:
+        return {"voices": [NO_VOICE, *voices], "replies": engine.model.config.text_head}
+
+    @app.post("/v1/audio/speech")
+    async def speech(wanted: SpeechRequest) -> Response:
+        seed = engine.voice.seed if wanted.seed is None else wanted.seed
+        texts = pieces_of(engine, wanted.input)
+        job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), 0, texts)
+        studio.submit(job)
+        media = MEDIA[wanted.response_format]
+        if wanted.response_format in ("wav", "pcm"):
+            return await streamed(job, wav_header() if wanted.response_format == "wav" else b"", media)
+        whole = b"".join([part async for part in pcm_of(job)])
+        return Response(encoded(whole, wanted.response_format), media_type=media)
+
+    @app.post("/talk/{name}/say")
+    async def say(name: str, wanted: SayRequest) -> Response:
+        texts: list[str | None] = [None] if wanted.text is None else list(pieces_of(engine, wanted.text))
+
+        def talk() -> Conversation:
+            own = talks.get(name)
+            if any(own is job.conversation for job in studio.live):
+                raise ValueError("somebody speaks in this conversation already")
+            return talks.with_voice(own, wanted.speaker, wanted.voice)
+
+        job = Job(talk, wanted.speaker, texts)
+        studio.submit(job)
+        return await streamed(job, b"", MEDIA["pcm"])
+
+    @app.post("/talk/{name}/hear")
+    async def hear(name: str, request: Request, speaker: int = 0) -> dict:
+        samples = read_audio(await request.body())[0]
+
+        def listen() -> str:
+            own = talks.get(name)
+            if any(own is job.conversation for job in studio.live):
+                raise ValueError("somebody speaks in this conversation already")
+            return own.listen(speaker, samples=samples)
+
+        return {"text": await studio.call(listen)}
+
+    @app.get("/talk/{name}")
+    async def turns(name: str) -> dict:
+        def read() -> list[dict]:
+            kept = talks.kept[name].turns if name in talks.kept else []
+            return [{"text": text_of(turn), "seconds": len(turn.codes) / FRAME_RATE} for turn in kept]
+
+        def text_of(turn: Turn) -> str:
+            return turn_text(engine.text_tokenizer, 0, turn.text_ids[turn.n_prompt :])
+
+        return {"turns": await studio.call(read)}
+
+    @app.delete("/talk/{name}")
+    async def forget(name: str) -> dict:
+        await studio.call(lambda: talks.kept.pop(name, None))
+        return {}
+
+    return app

@@ -1,0 +1,285 @@
+"""The server: what it says is what a conversation says, also to many at once; errors are JSON, nothing hangs or leaks."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import io
+import json
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from conftest import full_model, voice
+
+import demo
+import speech_server
+from architecture import save_model
+from audio import SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
+from command_line import EXIT_INPUT, run
+from generation import Sampling
+from speech_server import Studio, collected_voices, make_app
+from spoken_conversations import Voice
+
+SHORT = Sampling(max_seconds=0.6, max_text_ids=6)
+LONG = "This is a sentence of some length, which is spoken in several turns of one speaker. " * 5
+ROOT = Path(demo.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("server") / "full"
+    save_model(full_model(), folder)
+    return folder
+
+
+class Running:
+    """A server on a free port of this machine, and what asks it."""
+
+    def __init__(self, engine, voices, speaking=4, waiting=20):
+        self.engine, self.voices = engine, voices
+        self.studio = Studio(engine, speaking, waiting, threads=1)
+        own = demo.listen_on("127.0.0.1", 0)
+        self.port = own.getsockname()[1]
+        app = make_app(engine, voices, self.studio, "tiny")
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [own]}, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.studio.close()
+        assert not self.thread.is_alive() and not self.studio.thread.is_alive()
+
+    def connect(self, method: str, path: str, body=None, headers=None) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = json.dumps(body) if isinstance(body, dict) else body
+        named = {"Content-Type": "application/json"} if isinstance(body, dict) else {}
+        for attempt in range(50):  # the server is about to listen
+            try:
+                connection.request(method, path, content, named | (headers or {}))
+                return connection.getresponse()
+            except ConnectionRefusedError:
+                time.sleep(0.05 * (attempt < 49))
+        raise ConnectionRefusedError
+
+    def ask(self, method: str, path: str, body=None, headers=None) -> tuple[int, bytes]:
+        response = self.connect(method, path, body, headers)
+        return response.status, response.read()
+
+    def json(self, method: str, path: str, body=None, headers=None):
+        status, content = self.ask(method, path, body, headers)
+        assert status == 200, content
+        return json.loads(content)
+
+    def error(self, path: str, body=None, method="POST", headers=None) -> tuple[int, dict]:
+        status, content = self.ask(method, path, body, headers)
+        found = json.loads(content)["error"]
+        assert set(found) == {"message", "type", "param", "code"} and "\n" not in found["message"]
+        return status, found
+
+    def alone(self, text: str, seed: int = 0, heard: str | None = None) -> np.ndarray:
+        """What a conversation says, as 16-bit samples."""
+        talk = self.engine.conversation(seed)
+        if heard:
+            talk.add_turn(0, self.voices[heard].text, codes=self.voices[heard].codes)
+        return to_pcm16(talk.speak(0, text).samples)
+
+    def idle(self) -> bool:
+        deadline = time.monotonic() + 20
+        while (self.studio.live or self.studio.waiting or len(self.studio.together)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not self.studio.live and not self.studio.waiting and not len(self.studio.together)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, tokenizer_folder):
+    return Voice(str(checkpoint), str(tokenizer_folder), "cpu", SHORT, 0).load()
+
+
+@pytest.fixture(scope="module")
+def server(engine, shared_data):
+    with contextlib.closing(Running(engine, collected_voices(engine, shared_data))) as running:
+        yield running
+
+
+def samples_of(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, "<i2")
+
+
+def close_to(found: np.ndarray, expected: np.ndarray) -> bool:
+    return len(found) == len(expected) and int(np.abs(found.astype(int) - expected).max(initial=0)) <= 1
+
+
+def test_speech_is_what_a_conversation_says_in_every_format(server):
+    expected = server.alone("Hello there.", seed=3)
+    asked = {"model": "tiny", "input": "Hello there.", "seed": 3}
+    status, content = server.ask("POST", "/v1/audio/speech", {**asked, "response_format": "pcm"})
+    assert status == 200 and close_to(samples_of(content), expected)
+    response = server.connect("POST", "/v1/audio/speech", asked)
+    content = response.read()
+    assert response.headers["content-type"] == "audio/wav" and content[:4] == b"RIFF" and content[8:16] == b"WAVEfmt "
+    assert struct.unpack("<IHHIIHH", content[16:36]) == (16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+    assert close_to(samples_of(content[44:]), expected)
+    for container in ("flac", "mp3"):
+        status, content = server.ask("POST", "/v1/audio/speech", {**asked, "response_format": container})
+        heard = read_audio(content)[0]
+        assert status == 200 and abs(len(heard) - len(expected)) <= (0 if container == "flac" else 4000)
+    assert not close_to(server.alone("Hello there.", seed=4), expected)
+
+
+def test_voices_are_heard_before_what_is_said(server):
+    assert server.json("GET", "/v1/voices") == {"voices": ["none", "a", "b"], "replies": True}
+    asked = {"input": "Hello there.", "voice": "b", "response_format": "pcm"}
+    status, content = server.ask("POST", "/v1/audio/speech", asked)
+    assert status == 200 and close_to(samples_of(content), server.alone("Hello there.", heard="b"))
+
+
+def test_the_model_and_the_page_are_there(server):
+    (model,) = server.json("GET", "/v1/models")["data"]
+    assert model["id"] == "tiny"
+    status, content = server.ask("GET", "/")
+    page = content.decode()
+    assert status == 200 and "<title>" in page
+    assert not re.search(r"https?://", page), "the page must work without a network"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "input: Field required"),
+        ({"input": ""}, 400, "input: String should have at least 1"),
+        ({"input": "   "}, 400, "input: String should have at least 1"),
+        ({"input": "?!"}, 400, "holds no letter or digit"),
+        ({"input": "x" * 4097}, 400, "input: String should have at most 4096"),
+        ({"input": 5}, 400, "input: Input should be a valid string"),
+        ({"input": "Hi.", "voice": "nobody"}, 400, "no voice 'nobody'; the voices: none, a, b"),
+        ({"input": "Hi.", "response_format": "ogg"}, 400, "response_format"),
+        ({"input": "Hi.", "speed": 2}, 400, "speed"),
+        ({"input": "Hi.", "seed": -1}, 400, "seed"),
+        (b"{", 400, "JSON"),
+        (b"[]", 400, ""),
+        (b"\xff\xfe", 400, ""),
+    ],
+)
+def test_what_cannot_be_asked_is_a_json_error(server, body, status, message):
+    headers = {"Content-Type": "application/json"}
+    found, error = server.error("/v1/audio/speech", body, headers=headers)
+    assert found == status and message in error["message"] and error["type"] == "invalid_request_error"
+    assert server.idle()
+
+
+def test_wrong_addresses_methods_and_sizes_are_json_errors(server):
+    assert server.error("/nowhere", method="GET")[0] == 404
+    assert server.error("/v1/audio/speech", method="GET")[0] == 405
+    assert server.error("/v1/audio/speech", b"x", headers={"Content-Length": str(2**30)})[0] == 413
+    assert server.error("/talk/x/hear", b"this is no audio")[0] == 400
+    assert server.error("/talk/x/hear?speaker=me", b"x")[0] == 400
+
+
+def test_a_body_without_a_length_is_refused(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as own:
+        head = b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+        own.sendall(head)
+        assert own.recv(4096).startswith(b"HTTP/1.1 411")
+
+
+def test_a_talk_goes_on_from_turn_to_turn_with_words_and_voices(server):
+    path = "/talk/one"
+    status, said = server.ask("POST", f"{path}/say", {"speaker": 0, "text": "Hello, it is 5.", "voice": "a"})
+    assert status == 200 and len(samples_of(said))
+    body = encode_pcm16(voice(0.5, 150, rate=SAMPLE_RATE), SAMPLE_RATE, "WAV")
+    heard = server.json("POST", f"{path}/hear?speaker=1", body)
+    assert isinstance(heard["text"], str)
+    assert server.ask("POST", f"{path}/say", {"speaker": 0, "text": None})[0] == 200
+    turns = server.json("GET", path)["turns"]
+    assert len(turns) == 4  # the clip of the voice too
+    assert turns[1]["text"] == "Hello, it is five." and turns[2]["seconds"] == pytest.approx(0.5, abs=0.08)
+    assert server.json("GET", "/talk/two")["turns"] == []
+    assert server.json("DELETE", path) == {} and server.json("GET", path)["turns"] == []
+
+
+def test_talks_are_forgotten_when_there_are_too_many(server, monkeypatch):
+    monkeypatch.setattr(speech_server, "MOST_TALKS", 2)
+    for name in ("x", "y", "z"):
+        assert server.ask("POST", f"/talk/{name}/say", {"text": "Hi."})[0] == 200
+    assert [len(server.json("GET", f"/talk/{name}")["turns"]) for name in ("x", "y", "z")] == [0, 1, 1]
+
+
+def test_long_texts_are_spoken_to_their_end(server):
+    status, content = server.ask("POST", "/v1/audio/speech", {"input": LONG, "response_format": "pcm"})
+    pieces = speech_server.pieces_of(server.engine, LONG)
+    talk = server.engine.conversation(0)
+    expected = np.concatenate([to_pcm16(talk.speak(0, piece).samples) for piece in pieces])
+    assert status == 200 and len(pieces) == 3 and close_to(samples_of(content), expected)
+
+
+def test_a_hundred_at_once_are_served_or_told_to_come_back(server):
+    expected = {seed: server.alone("Hello.", seed) for seed in range(5)}
+
+    def ask(number: int):
+        return server.ask("POST", "/v1/audio/speech", {"input": "Hello.", "seed": number % 5, "response_format": "pcm"})
+
+    with concurrent.futures.ThreadPoolExecutor(100) as pool:
+        found = list(pool.map(ask, range(100)))
+    statuses = [status for status, _ in found]
+    assert set(statuses) == {200, 429}
+    for number, (status, content) in enumerate(found):
+        if status == 200:
+            assert close_to(samples_of(content), expected[number % 5])
+        else:
+            assert json.loads(content)["error"]["type"] == "rate_limit_error"
+    assert statuses.count(200) >= 20 and server.idle()
+    assert ask(0)[0] == 200
+
+
+def test_who_hangs_up_is_spoken_to_no_longer(server):
+    long = {"input": LONG * 8, "response_format": "pcm"}
+    response = server.connect("POST", "/v1/audio/speech", long)
+    assert len(response.read(1000)) == 1000
+    assert server.studio.live
+    response.close()
+    began = time.monotonic()
+    assert server.idle() and time.monotonic() - began < 10
+    assert server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "response_format": "pcm"})[0] == 200
+
+
+def test_one_conversation_speaks_once_at_a_time(server):
+    first = server.connect("POST", "/talk/both/say", {"text": LONG})
+    first.read(100)
+    status, error = server.error("/talk/both/say", {"text": "Hi."})
+    assert status == 400 and "speaks in this conversation already" in error["message"]
+    first.read()
+    assert server.ask("POST", "/talk/both/say", {"text": "Hi."})[0] == 200
+
+
+def test_the_script_serves_until_it_is_interrupted(checkpoint, tokenizer_folder, shared_data):
+    command = [sys.executable, "demo.py", "--mode", "web", "--port", "0", "--checkpoint", checkpoint]
+    command += ["--tokenizer", tokenizer_folder, "--data", shared_data, "--max_seconds", "0.4"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ with 2 voices", line)[1])
+        taken = ["--mode", "web", "--port", str(port), "--checkpoint", str(checkpoint)]
+        assert run(demo.main, taken) == EXIT_INPUT
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request(
+            "POST", "/v1/audio/speech", json.dumps({"input": "Hi."}), {"Content-Type": "application/json"}
+        )
+        content = connection.getresponse().read()
+        connection.close()
+        assert content[:4] == b"RIFF"
+        with wave.open(io.BytesIO(content)) as file:
+            assert file.getframerate() == SAMPLE_RATE
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+        assert "Traceback" not in process.stderr.read()
