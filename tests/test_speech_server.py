@@ -1,4 +1,4 @@
-"""The server: what it says is what a conversation says, also to many at once; errors are JSON, nothing hangs or leaks."""
+"""The server: it says what a conversation says, also to many at once; errors are JSON, nothing hangs or leaks."""
 
 import concurrent.futures
 import contextlib
