@@ -95,7 +95,7 @@ def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
         with torch.inference_mode():
             codes = engine.tokenizer.encode(wave.to(engine.device))[0].cpu()
         clips[turn.speaker_id.split(":")[-1]] = Clip(codes, turn.text)
-    return clips
+    return dict(sorted(clips.items()))
 
 
 class Busy(RuntimeError):

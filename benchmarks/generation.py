@@ -7,10 +7,11 @@ after another, greedy on both sides, which must say the same; alternating in one
     ours, int8       the same with weights of 8 bits, on a CPU
     transformers     generate() as it comes; with --static with its static caches
 
-Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time of a frame,
-the time to the first audio, the real-time factor. The floor is how long the memory needs to bring the weights and keys
-that a frame reads, at the bandwidth measured by a product of a large matrix with a vector; weights that stay in the
-processor's caches can be below it. Prints a table; the last line of --json is one JSON object.
+Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time to the first
+audio, the real-time factor, and how much less time --together conversations take that speak at once than one after the
+other. The floor is how long the memory needs to bring the weights and keys that a frame reads, at the bandwidth
+measured by a product of a large matrix with a vector; weights that stay in the processor's caches can be below it.
+Prints a table; the last line of --json is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, prese
 from run_folder import describe_environment
 from rvq_tokenizer import PRESETS as TOKENIZERS
 from rvq_tokenizer import RVQTokenizer
+from speaking_together import Together
 from text_tokenizer import encode_turn, load_text_tokenizer
 from weight_layouts import transformers_model, transformers_version
 
@@ -114,7 +116,23 @@ def with_everything(args: argparse.Namespace, int8: bool) -> dict[str, float]:
         if index:  # the first one warms up
             first.append(1000 * reply.seconds_to_first_audio)
             factors.append(reply.real_time_factor)
-    return {"first_audio_ms": statistics.median(first), "real_time_factor": statistics.median(factors)}
+    found = {"first_audio_ms": statistics.median(first), "real_time_factor": statistics.median(factors)}
+
+    def talks() -> list[Conversation]:
+        return [
+            Conversation(model, tokenizer, load_text_tokenizer("bytes"), sampling=sampling, seed=index)
+            for index in range(args.together)
+        ]
+
+    began = time.perf_counter()
+    for talk in talks():
+        talk.speak(0, TEXT)
+    alone, began, together = time.perf_counter() - began, time.perf_counter(), Together()
+    for index, talk in enumerate(talks()):
+        together.begin(index, talk, 0, TEXT)
+    while len(together):
+        list(together.round())
+    return found | {"together_ratio": alone / (time.perf_counter() - began)}
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -168,14 +186,15 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--model_size", choices=list(PRESETS), default="nano", help="as in train.py" + shown)
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights of both sides" + shown)
     add("--static", action="store_true", help="transformers with its static caches")
-    add("--frames", type=int, default=25, help="of 80 ms that each side speaks in a round" + shown)
+    add("--together", type=int, default=8, help="conversations that speak at once, for their ratio" + shown)
+    add("--frames", type=int, default=16, help="of 80 ms that each side speaks in a round" + shown)
     add("--rounds", type=int, default=5, help="ours, theirs, ours, theirs, ..." + shown)
     add("--threads", type=int, default=1, help="CPU threads" + shown)
     add("--seed", type=int, default=0, help="of weights and draws" + shown)
     add("--json", action="store_true", help="no progress bar; the last line is one JSON object")
     args = parser.parse_args(argv)
-    if min(args.frames, args.rounds, args.threads) < 1:
-        parser.error("--frames, --rounds and --threads must be at least 1")
+    if min(args.frames, args.rounds, args.threads, args.together) < 1:
+        parser.error("--frames, --rounds, --threads and --together must be at least 1")
     return args
 
 
@@ -193,7 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  floor          {found['floor_ms_per_frame']:8.1f} ms a frame at {found['gigabytes_per_s']:.1f} GB/s")
     for side, whole in found["with_additions_and_codec"].items():
         factor, first = whole["real_time_factor"], whole["first_audio_ms"]
-        print(f"  {side} with additions and codec: real-time factor {factor:.2f}, first audio after {first:.0f} ms")
+        print(
+            f"  {side} with additions and codec: real-time factor {factor:.2f}, first audio after {first:.0f} ms, "
+            f"{args.together} at once {whole['together_ratio']:.2f} times as fast as one after the other"
+        )
     if args.json:
         print(json.dumps({**found, "environment": describe_environment()}))
     return EXIT_DONE

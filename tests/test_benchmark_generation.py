@@ -1,0 +1,37 @@
+"""The benchmark of generation: both sides say the same, every figure is there and means what its name says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import EXIT_DONE, run
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "generation.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_generation", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_sides_say_the_same_and_all_figures_are_there(benchmark, capsys):
+    assert run(benchmark.main, ["--frames", "2", "--rounds", "1", "--together", "2", "--json"]) == EXIT_DONE
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["equal_frames"] == 1.0
+    assert found["speedup"] == pytest.approx(found["peer_ms_per_frame"] / found["ms_per_frame"])
+    assert found["real_time_factor"] == pytest.approx(found["ms_per_frame"] / 80)
+    assert found["floor_ms_per_frame"] > 0 and 1 < found["gigabytes_per_s"] < 10_000
+    for whole in found["with_additions_and_codec"].values():
+        assert min(whole["first_audio_ms"], whole["real_time_factor"], whole["together_ratio"]) > 0
+
+
+@pytest.mark.parametrize("flag", ["--frames", "--rounds", "--threads", "--together"])
+def test_counts_of_none_are_refused(benchmark, flag, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([flag, "0"])
+    assert "must be at least 1" in capsys.readouterr().err
