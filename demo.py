@@ -29,7 +29,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequir
 from generation import Sampling
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
-from spoken_conversations import SCHEMA, Request, Voice, Worker, answer_all, read_requests
+from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
     add("--device", default="cpu", help="auto, cpu or cuda" + shown)
     add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's weights" + shown)
     add("--int8", action="store_true", help="weights of 8 bits: faster on a CPU, not the same codes")
     add("--seed", type=int, default=0, help="of the draws" + shown)
 
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + shown)
     add("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + shown)
+    add("--min_p", type=float, default=0.0, help="no codes less likely than this share of the likeliest" + shown)
     add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
     add("--max_seconds", type=float, help="cut a turn that has not ended (default: 20, in the test 5)")
     add("--min_seconds", type=float, help="a turn does not end before (default: 0, in the test 1.5)")
@@ -124,9 +126,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def voice_of(args: argparse.Namespace) -> Voice:
     """What speaks. ValueError for sampling that cannot work."""
-    names = ("temperature", "top_k", "codebooks", "max_seconds", "min_seconds")
+    names = ("temperature", "top_k", "min_p", "codebooks", "max_seconds", "min_seconds")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
-    return Voice(args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.int8, args.raw_text)
+    return Voice(
+        args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.dtype, args.int8, args.raw_text
+    )
 
 
 def test_requests(args: argparse.Namespace) -> list[Request]:

@@ -36,6 +36,7 @@ class Sampling:
 
     temperature: float = 0.9  # of codes in both stages; 0 = always the likeliest
     top_k: int = 50
+    min_p: float = 0.0  # codes less likely than this share of the likeliest are not drawn (arXiv 2407.01082)
     text_temperature: float = 0.7
     text_top_k: int = 50
     max_seconds: float = 10.0  # a turn that has not ended by then is cut
@@ -50,6 +51,8 @@ class Sampling:
         for name in ("top_k", "text_top_k", "max_text_ids", "codebooks"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie between 0 and 1")
         if self.max_seconds < 1 / FRAME_RATE:
             raise ValueError(f"max_seconds={self.max_seconds} must be at least one frame, {1 / FRAME_RATE} s")
         if not 0 <= self.min_seconds <= self.max_seconds:
@@ -85,12 +88,15 @@ class Reply(NamedTuple):
         return self.seconds / self.duration if len(self.samples) else float("nan")
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """(N, A) logits -> (N,) codes."""
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator, min_p: float = 0.0) -> Tensor:
+    """(N, A) logits -> (N,) codes; `min_p` is of the probabilities at that temperature."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     values, index = logits.float().topk(min(top_k, logits.size(-1)), dim=-1)  # (N, k)
-    choice = torch.multinomial((values / temperature).softmax(dim=-1), 1, generator=generator)  # (N, 1)
+    likely = (values / temperature).softmax(dim=-1)
+    if min_p:
+        likely = likely * (likely >= min_p * likely[:, :1])  # topk sorts
+    choice = torch.multinomial(likely, 1, generator=generator)  # (N, 1)
     return index.gather(1, choice).squeeze(1)
 
 
@@ -147,7 +153,8 @@ class Speaker:
         return self.inference.depth.continue_frames(hidden, codes, stop, self.choose)
 
     def choose(self, logits: Tensor) -> Tensor:
-        return draw(logits, self.sampling.temperature, self.sampling.top_k, self.generator)
+        s = self.sampling
+        return draw(logits, s.temperature, s.top_k, self.generator, s.min_p)
 
 
 def check_tokenizer(config: CSMConfig, tokenizer: AudioTokenizer) -> None:

@@ -39,6 +39,7 @@ from weight_layouts import is_ours, load_published
 
 GAP_SECONDS = 0.3  # of silence between two turns of a conversation's file, unless a turn asks for another
 CSM_1B = "sesame/csm-1b"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_CHARACTERS = 200  # of a turn, about 13 s of speech; longer texts become several turns of their speaker
 
 AUDIO = {"type": "string", "minLength": 1, "description": "wav, flac, ogg or mp3, relative to the folder of this file"}
@@ -105,6 +106,7 @@ class Voice:
     device: str
     sampling: Sampling
     seed: int  # of conversations that name none
+    dtype: str = "fp32"
     int8: bool = False  # weights of 8 bits, on a CPU
     raw_text: bool = False  # texts are spoken as they are written
 
@@ -113,7 +115,7 @@ class Voice:
         path = find_weights(self.checkpoint) if self.checkpoint == CSM_1B else Path(self.checkpoint)
         model = load_published(path) if path.exists() and not is_ours(path) else load_model(path)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-        inference = InferenceModel(model.to(device), self.int8)
+        inference = InferenceModel(model.to(device, DTYPES[self.dtype]), self.int8)
         return Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
 
     def identity(self) -> dict:

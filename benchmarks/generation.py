@@ -39,12 +39,12 @@ from run_folder import describe_environment
 from rvq_tokenizer import PRESETS as TOKENIZERS
 from rvq_tokenizer import RVQTokenizer
 from speaking_together import Together
+from spoken_conversations import DTYPES
 from text_tokenizer import encode_turn, load_text_tokenizer
 from weight_layouts import transformers_model, transformers_version
 
 FRAME_MS = 80.0
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while."
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PUBLISHED = {**WITHOUT_ADDITIONS, "zero_end_of_turn": True, "n_special_codes": PRESETS["csm-1b"].n_special_codes}
 
 

@@ -471,15 +471,15 @@ def test_a_turn_that_left_the_context_is_remembered_by_a_memory_only(talk, make)
 
 
 @pytest.mark.filterwarnings("ignore:.*oldest turns left")
-def test_a_full_conversation_goes_on_and_on(talk):
-    conversation = talk(LASTING, own=full_model(max_positions=128))
-    for number in range(6):
+def test_a_full_conversation_goes_on_for_two_hundred_turns(talk):
+    conversation = talk(dataclasses.replace(LASTING, min_seconds=0.3), own=full_model(max_positions=128))
+    for number in range(100):
         conversation.listen(0, codes=some_codes(20, number), gap_seconds=0.3)
         reply = conversation.reply(1)
-        assert LASTING.min_frames <= len(reply.codes) <= LASTING.max_frames
+        assert 4 <= len(reply.codes) <= LASTING.max_frames
         lengths = [conversation.layout.turn_length(len(t.text_ids), len(t.codes)) for t in conversation.turns]
         assert conversation.cache.keys.length == conversation.clock.position == sum(lengths) <= 128
-    assert conversation.clock.turn == 11
+    assert conversation.clock.turn == 199
     assert 0 < len(conversation.turns) < 12
     assert float(conversation.cache.memory.state.seconds) == pytest.approx(conversation.clock.now / 12.5, abs=0.01)
 
@@ -509,6 +509,24 @@ def test_sampling_follows_temperature_and_top_k():
     assert set(draw(logits, 0, 50, generator).tolist()) == {3}
 
 
+def test_min_p_leaves_out_what_is_less_likely_than_a_share_of_the_likeliest():
+    logits = torch.tensor([[0.5, 0.4, 0.04, 0.06]]).log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(draw(logits, 1.0, 4, generator).tolist()) == {0, 1, 2, 3}
+    drawn = draw(logits, 1.0, 4, generator, min_p=0.1).bincount(minlength=4) / 4000
+    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.4, 0.0, 0.06]) / 0.96, atol=0.02, rtol=0)
+    assert set(draw(logits, 1.0, 4, generator, min_p=1.0).tolist()) == {0}
+
+
+@pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_weights_in_bf16_speak_too(talk, make):
+    conversation = talk(LASTING, own=make().bfloat16())
+    conversation.add_turn(1, "Hello.", codes=some_codes(6))
+    assert len(conversation.speak(0, "Hello.").codes) >= LASTING.min_frames
+    if conversation.model.config.text_head:
+        assert len(conversation.reply(1).codes)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -518,6 +536,7 @@ def test_sampling_follows_temperature_and_top_k():
         ({"text_top_k": 0}, "text_top_k=0 must be at least 1"),
         ({"max_text_ids": 0}, "max_text_ids=0 must be at least 1"),
         ({"codebooks": 0}, "codebooks=0 must be at least 1"),
+        ({"min_p": 1.5}, "min_p=1.5 must lie between 0 and 1"),
         ({"min_seconds": 11}, "min_seconds=11 must lie between 0 and max_seconds=10"),
         ({"max_seconds": 0}, "max_seconds=0 must be at least one frame"),
     ],
