@@ -50,7 +50,7 @@ from turn_shards import ledgers, read_turns
 PAGE = Path(__file__).with_name("web_page.html")
 MOST_INPUT = 4096  # characters, as OpenAI's
 MOST_BYTES = 10 * 2**20  # of a body
-MOST_TALKS = 32  # conversations kept; the one longest unused is forgotten
+MOST_TALKS = 8  # conversations kept, each with its keys and values; the one longest unused is forgotten
 MOST_VOICES = 50
 NO_VOICE = "none"  # the name of whatever voice the model draws
 MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "flac": "audio/flac", "mp3": "audio/mpeg"}

@@ -1,25 +1,16 @@
 """The benchmark of generation: both sides say the same, every figure is there and means what its name says."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 from command_line import EXIT_DONE, run
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "generation.py"
+benchmark = importlib.import_module("benchmarks.generation")
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_generation", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_both_sides_say_the_same_and_all_figures_are_there(benchmark, capsys):
+def test_both_sides_say_the_same_and_all_figures_are_there(capsys):
     assert run(benchmark.main, ["--frames", "2", "--rounds", "1", "--together", "2", "--json"]) == EXIT_DONE
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["equal_frames"] == 1.0
@@ -31,7 +22,7 @@ def test_both_sides_say_the_same_and_all_figures_are_there(benchmark, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--frames", "--rounds", "--threads", "--together"])
-def test_counts_of_none_are_refused(benchmark, flag, capsys):
+def test_counts_of_none_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         benchmark.main([flag, "0"])
     assert "must be at least 1" in capsys.readouterr().err

@@ -1,25 +1,16 @@
 """The sweep: settings that exist, runs that are kept, a table and JSON of the same figures."""
 
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 from command_line import EXIT_DONE, EXIT_INPUT, run
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
+sweep = importlib.import_module("benchmarks.sweep")
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_runs_that_differ_in_one_setting_are_set_side_by_side(tmp_path, sweep, shared_data, tokenizer_folder, capfd):
+def test_runs_that_differ_in_one_setting_are_set_side_by_side(tmp_path, shared_data, tokenizer_folder, capfd):
     flags = ["--vary", "depth_share=1,0.25", "--out", str(tmp_path), "--json", "--data", str(shared_data)]
     flags += ["--tokenizer", str(tokenizer_folder), "--max_steps", "2", "--batch_rows", "1", "--row_positions", "160"]
     flags += ["--precision", "fp32", "--device", "cpu", "--threads", "1"]
@@ -34,11 +25,11 @@ def test_runs_that_differ_in_one_setting_are_set_side_by_side(tmp_path, sweep, s
 
 
 @pytest.mark.parametrize("text", ["speed=1,2", "lr", "lr=", "lr=1,,2"])
-def test_a_setting_that_does_not_exist_is_refused(sweep, capsys, text):
+def test_a_setting_that_does_not_exist_is_refused(capsys, text):
     assert run(sweep.main, ["--vary", text]) == EXIT_INPUT
     assert f"--vary {text}: expected NAME=V1,V2" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named(tmp_path, sweep, capsys):
+def test_a_run_that_fails_is_named(tmp_path, capsys):
     assert run(sweep.main, ["--vary", "lr=-1", "--out", str(tmp_path)]) == EXIT_INPUT
     assert "lr=-1 ended with exit code 2: error: lr=-1.0 must be above 0" in capsys.readouterr().err
