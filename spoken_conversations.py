@@ -375,6 +375,20 @@ class Worker:
 WORKERS: list[Worker] = []  # of a process that a pool started, its own
 
 
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM wait, also, for good, in processes started meanwhile: they cannot ignore them from the first
+    moment on."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(voice: Voice, out: Path, threads: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # also sent to the workers; the process that started them decides
         signal.signal(number, signal.SIG_IGN)
@@ -394,8 +408,10 @@ def answer_all(requests: list[Request], worker: Worker, processes: int) -> Itera
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=settings
     )
+    with held_signals():
+        futures = [pool.submit(answer_in_worker, request) for request in requests]  # starts the processes
     try:
-        for future in concurrent.futures.as_completed([pool.submit(answer_in_worker, request) for request in requests]):
+        for future in concurrent.futures.as_completed(futures):
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise ValueError("a worker was ended from outside, perhaps for lack of memory; lower --workers") from error
