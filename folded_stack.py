@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer import Block, KVCache, Transformer, attend
+from transformer import Block, KVCache, Transformer, attend, behind
 
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 FEW_ROWS = 4  # from more on, a product of 8 bits is computed in the precision of its input
@@ -100,7 +100,7 @@ class FoldedStack:
         c, (B, T, D) = self.config, x.shape
         H, turned = c.n_heads, c.n_heads + c.n_kv_heads
         if cache.length and T > 1 and allowed is None:
-            allowed = torch.ones(T, cache.length + T, dtype=torch.bool, device=x.device).tril(cache.length)[None, None]
+            allowed = behind(cache.length, T, x.device)
         x = x.reshape(B * T, D)
         for layer, block in enumerate(self.blocks):
             qkv = block.qkv(self.direction(x)).view(B, T, -1, c.d_head).transpose(1, 2)  # (B, H + 2 G, T, d)
@@ -141,7 +141,7 @@ class FoldedStack:
             k, v = both[0].split(G)  # (G, S, d)
             return torch.bmm(torch.bmm(q.view(G, H // G, d), k.mT).softmax(dim=-1), v).view(1, H * d)
         k, v = both.split(G, dim=1)
-        out = attend(q * d**0.5, k, v, allowed, causal=allowed is None and T > 1)
+        out = attend(q, k, v, allowed, causal=allowed is None and T > 1, scale=1.0)
         return out.transpose(1, 2).reshape(B * T, H * d)
 
 

@@ -496,6 +496,7 @@ class _Frames:
     @torch.inference_mode()
     def flush(self) -> np.ndarray:
         """What the decoder has kept of the turn's end."""
-        if self.whole:
-            self.decoded.append(self.decoder.flush()[0].cpu().numpy())
-        return self.decoded[-1] if self.whole else np.zeros(0, dtype=np.float32)
+        if not self.whole:
+            return np.zeros(0, dtype=np.float32)
+        self.decoded.append(self.decoder.flush()[0].cpu().numpy())
+        return self.decoded[-1]

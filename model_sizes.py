@@ -156,13 +156,18 @@ PRESETS: dict[str, CSMConfig] = {
         zero_end_of_turn=True,
     ),
 }
-WITHOUT_ADDITIONS = {  # what turns a size of ours into the published model
+WITHOUT_ADDITIONS = {  # what turns additions of a size of ours off
     "n_semantic": 1,
     "acoustic_delay": 0,
     "cross_attention_every": 0,
     "semantic_heads": 0,
     "prosodic_heads": 0,
     "text_head": False,
+}
+PUBLISHED = {  # ... and what further turns it into the published model, end of turn and special codes included
+    **WITHOUT_ADDITIONS,
+    "zero_end_of_turn": True,
+    "n_special_codes": PRESETS["csm-1b"].n_special_codes,
 }
 
 

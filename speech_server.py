@@ -23,7 +23,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,9 +42,8 @@ from conversations import choose_clip, loudness_gains, read_clips
 from frames import Turn
 from generation import Conversation
 from speaking_together import Together
-from spoken_conversations import MOST_CHARACTERS, Engine
-from spoken_text import read_aloud, split_text
-from text_tokenizer import clean_text, turn_text
+from spoken_conversations import Engine, turns_of
+from text_tokenizer import turn_text
 from turn_shards import ledgers, read_turns
 
 PAGE = Path(__file__).with_name("web_page.html")
@@ -247,25 +246,22 @@ def failure(status: int, message: str, param: str | None = None) -> JSONResponse
     return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == 429 else None)
 
 
-def pieces_of(engine: Engine, text: str) -> list[str]:
-    """A text in turns of at most `MOST_CHARACTERS`. ValueError if nothing in it can be spoken."""
-    return split_text(clean_text(text if engine.voice.raw_text else read_aloud(text)), MOST_CHARACTERS)
-
-
 class Talks:
     """Conversations of the page, each by a name that the page has chosen."""
 
     def __init__(self, engine: Engine, voices: dict[str, Clip]):
         self.engine, self.voices = engine, voices
         self.kept: collections.OrderedDict[str, Conversation] = collections.OrderedDict()
-        self.busy: set[str] = set()
 
-    def get(self, name: str) -> Conversation:
+    def get(self, name: str, live: Iterable[Job]) -> Conversation:
+        """The conversation of that name, a new one if there is none. ValueError if one of the jobs speaks in it."""
         if name not in self.kept:
             self.kept[name] = self.engine.conversation(self.engine.voice.seed)
             while len(self.kept) > MOST_TALKS:
                 self.kept.pop(next(iter(self.kept)))
         self.kept.move_to_end(name)
+        if any(self.kept[name] is job.conversation for job in live):
+            raise ValueError("somebody speaks in this conversation already")
         return self.kept[name]
 
     def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
@@ -329,7 +325,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
     @app.post("/v1/audio/speech")
     async def speech(wanted: SpeechRequest) -> Response:
         seed = engine.voice.seed if wanted.seed is None else wanted.seed
-        texts = pieces_of(engine, wanted.input)
+        texts = turns_of(wanted.input, engine.voice.raw_text)
         job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), 0, texts)
         studio.submit(job)
         media = MEDIA[wanted.response_format]
@@ -340,13 +336,12 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
 
     @app.post("/talk/{name}/say")
     async def say(name: str, wanted: SayRequest) -> Response:
-        texts: list[str | None] = [None] if wanted.text is None else list(pieces_of(engine, wanted.text))
+        texts: list[str | None] = [None]
+        if wanted.text is not None:
+            texts = list(turns_of(wanted.text, engine.voice.raw_text))
 
         def talk() -> Conversation:
-            own = talks.get(name)
-            if any(own is job.conversation for job in studio.live):
-                raise ValueError("somebody speaks in this conversation already")
-            return talks.with_voice(own, wanted.speaker, wanted.voice)
+            return talks.with_voice(talks.get(name, studio.live), wanted.speaker, wanted.voice)
 
         job = Job(talk, wanted.speaker, texts)
         studio.submit(job)
@@ -357,10 +352,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         samples = read_audio(await request.body())[0]
 
         def listen() -> str:
-            own = talks.get(name)
-            if any(own is job.conversation for job in studio.live):
-                raise ValueError("somebody speaks in this conversation already")
-            return own.listen(speaker, samples=samples)
+            return talks.get(name, studio.live).listen(speaker, samples=samples)
 
         return {"text": await studio.call(listen)}
 

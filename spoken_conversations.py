@@ -264,6 +264,14 @@ def kept_result(folder: Path, want: dict) -> dict | None:
     return None
 
 
+def turns_of(text: str, raw_text: bool) -> list[str]:
+    """A text of any length in turns of at most `MOST_CHARACTERS`, read aloud unless `raw_text`.
+
+    ValueError if nothing in it can be spoken.
+    """
+    return split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS)
+
+
 def speak_whole(
     talk: Conversation,
     speaker: int,
@@ -286,7 +294,7 @@ def speak_whole(
         return going
 
     replies: list[Reply] = []
-    for piece in split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS):
+    for piece in turns_of(text, raw_text):
         if going:
             replies.append(talk.speak(speaker, piece, 0.0 if replies else gap, and_note))
     first = next((reply.seconds_to_first_audio for reply in replies if len(reply.samples)), math.nan)

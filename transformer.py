@@ -112,12 +112,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """(B, H, T, d), (B, G, S, d) twice -> (B, H, T, d), each of G shared by H / G query heads."""
+def behind(past: int, new: int, device: torch.device) -> Tensor:
+    """(1, 1, new, past + new) bool: new rows attend what came before them and themselves."""
+    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)[None, None]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """(B, H, T, d), (B, G, S, d) twice -> (B, H, T, d), each of G shared by H / G query heads.
+
+    `scale` is of the products of queries and keys, by default 1 / sqrt(d).
+    """
     share = q.size(1) // k.size(1)
     if share > 1 and mask is not None and q.is_cuda:  # there only a kernel that keeps T x S takes a mask and groups
         k, v, share = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1), 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=share > 1)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]]) -> Tensor:
@@ -233,8 +243,7 @@ class Transformer(nn.Module):
         """
         T = x.size(1)
         if cache is not None and cache.length and T > 1 and allowed is None:
-            total = cache.length + T
-            allowed = torch.ones(T, total, dtype=torch.bool, device=x.device).tril(cache.length)[None, None]
+            allowed = behind(cache.length, T, x.device)
         rope = rope_angles(self.frequencies, positions)
         x = x.to(self.norm.weight.dtype)  # under autocast the residual stream keeps the precision of the weights
         for layer, block in enumerate(self.blocks):

@@ -34,7 +34,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from frames import Clock
 from generation import Conversation, Sampling, Speaker
 from inference_model import InferenceModel
-from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, preset
+from model_sizes import PRESETS, PUBLISHED, CSMConfig, frame_cost, preset
 from run_folder import describe_environment
 from rvq_tokenizer import PRESETS as TOKENIZERS
 from rvq_tokenizer import RVQTokenizer
@@ -45,7 +45,6 @@ from weight_layouts import transformers_model, transformers_version
 
 FRAME_MS = 80.0
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps for a while."
-PUBLISHED = {**WITHOUT_ADDITIONS, "zero_end_of_turn": True, "n_special_codes": PRESETS["csm-1b"].n_special_codes}
 
 
 def prompt_of(config: CSMConfig) -> list[int]:

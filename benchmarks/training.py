@@ -41,7 +41,7 @@ from architecture import CSM, count_targets
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
 from dataset_pipeline import ConversationDataset
 from frames import IGNORE, Rows
-from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, preset
+from model_sizes import PRESETS, PUBLISHED, WITHOUT_ADDITIONS, CSMConfig, preset
 from run_folder import describe_environment
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
@@ -51,7 +51,6 @@ from training_config import TrainConfig, mixture
 from training_start import sized
 from weight_layouts import transformers_model, transformers_version
 
-PUBLISHED = {**WITHOUT_ADDITIONS, "zero_end_of_turn": True, "n_special_codes": PRESETS["csm-1b"].n_special_codes}
 PRECISIONS = ("fp32", "bf16")
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # dense bf16, by what the device's name holds
 TOLERANCE = 1e-3  # relative, of the losses of both sides

@@ -28,7 +28,7 @@ from audio import SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
 from command_line import EXIT_INPUT, run
 from generation import Sampling
 from speech_server import Studio, collected_voices, make_app
-from spoken_conversations import Voice
+from spoken_conversations import Voice, turns_of
 
 SHORT = Sampling(max_seconds=0.6, max_text_ids=6)
 LONG = "This is a sentence of some length, which is spoken in several turns of one speaker. " * 5
@@ -218,7 +218,7 @@ def test_talks_are_forgotten_when_there_are_too_many(server, monkeypatch):
 
 def test_long_texts_are_spoken_to_their_end(server):
     status, content = server.ask("POST", "/v1/audio/speech", {"input": LONG, "response_format": "pcm"})
-    pieces = speech_server.pieces_of(server.engine, LONG)
+    pieces = turns_of(LONG, raw_text=False)
     talk = server.engine.conversation(0)
     expected = np.concatenate([to_pcm16(talk.speak(0, piece).samples) for piece in pieces])
     assert status == 200 and len(pieces) == 3 and close_to(samples_of(content), expected)
