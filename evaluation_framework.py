@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ from tqdm import tqdm
 from architecture import CSM, count_targets, load_model, pick_depth_rows
 from audio import SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
+from checkpointing import write_atomically
 from codec_gates import Coded, as_values, check_gates, codebook_use, draw_gates, print_gates
-from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, only_run_in, run
 from conversations import Conversation, load_clips
 from dataset_pipeline import ConversationDataset
 from evaluation_report import (
@@ -46,6 +48,15 @@ from evaluation_report import (
 )
 from generation import Reply, Sampling, check_tokenizer
 from inference_model import InferenceModel
+from metric_validation import (
+    conversations_of,
+    draw_verdicts,
+    judge,
+    measure_all,
+    plain_verdict,
+    print_verdicts,
+    validation_needs,
+)
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import (
@@ -405,6 +416,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="check the tokenizer against its gates instead: a table, and pictures in --out; no report is written",
     )
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="show instead that each metric tells good from bad: degrades --max_clips turns of held-out conversations "
+        "in known ways; a table, and a picture in --out. Exit code 3 if a metric fails",
+    )
+    workers_help = "processes of --validate (default: number of cores)"
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
     return parser.parse_args(argv)
 
@@ -451,6 +470,31 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     return {**report, "warnings": collect_warnings(report), "note": model_note(report)}
 
 
+def validate(args: argparse.Namespace, settings: Settings) -> int:
+    """Whether the metrics tell good from bad, on real held-out conversations of --data; the exit code."""
+    missing = validation_needs()
+    chosen = conversations_of(args.data, settings.max_clips, settings.seed)
+    records = measure_all(chosen, missing, settings.asr, settings.seed, args.workers, args.out)
+    verdicts = judge(records, settings.seed)
+    print_verdicts(verdicts)
+    for metric, reason in missing.items():
+        print(f"{metric} was not validated: {reason}")
+    draw_verdicts(verdicts, args.out / "validation.png")
+    result = {
+        "format": FORMAT,
+        "environment": describe_environment(),
+        "settings": dataclasses.asdict(settings),
+        "data": file_digest(args.data / "shards.jsonl"),
+        "conversations": len(chosen),
+        "turns": sum(map(len, chosen.values())),
+        "missing": missing,
+        "verdicts": [plain_verdict(verdict) for verdict in verdicts],
+    }
+    write_atomically(args.out / "validation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    print(json.dumps(result, allow_nan=False) if args.json else f"picture: {args.out / 'validation.png'}")
+    return EXIT_PARTIAL if any(verdict.passed is False for verdict in verdicts) else EXIT_DONE
+
+
 def held_out(data: Path, model: CSM, tokenizer: AudioTokenizer) -> ConversationDataset:
     """The held-out conversations as the model reads them."""
     text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
@@ -475,6 +519,8 @@ def main(argv: list[str] | None = None) -> int:
             gates = measure_gates(args, settings)
             print(json.dumps(gates, allow_nan=False) if args.json else f"pictures: {args.out}")
             return EXIT_DONE
+        if args.validate:
+            return validate(args, settings)
         report = measure(args, settings)
         write_report(args.out, report)
         drop_old_audio(args.out, report)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import random
@@ -30,6 +31,8 @@ from conversation_formats import Recording, messages_of, recordings_of_csm, reco
 from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
+NUMBERS = DIALOGUES.with_name("numbers.txt")
+N_NUMBERS = 20_000  # sentences, 14 hours
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
@@ -274,12 +277,10 @@ def collect_dialogue(
 
 
 def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) -> Source:
-    """Sentences, eight at a time read by one of `voices`, in an order drawn from `seed`; each is read once.
+    """The sentences of a text file, or of WordNet where Debian's wordnet-base is unpacked under `given`.
 
-    Which eight does not depend on the seed, so that none is in two splits. `given` is a text file, or where Debian's
-    wordnet-base is unpacked. MissingRequirement: there is neither.
+    MissingRequirement: there is neither.
     """
-    synthetic_voices.check_voice()
     wordnet = given / WORDNET
     if given.is_file():
         attribution = f"sentences of {given.name}, {synthetic_voices.VOICE_ATTRIBUTION}"
@@ -294,20 +295,47 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
         )
     if not sentences:
         raise ValueError(f"{given} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words in plain English letters")
+    units = read_in_groups("sentences", sentences, facts, voices, seed, done)
+    return Source("sentences", "1", units, endless=not given.is_file())
+
+
+def numbers_source(voices: list[str], seed: int, done: set[str]) -> Source:
+    """Numbers, times, dates, prices and telephone numbers in sentences of few other words, a closed vocabulary."""
+    units = read_in_groups("numbers", number_sentences(), CORPUS_FACTS, voices, seed, done)
+    return Source("numbers", "1", units, endless=True)
+
+
+def number_sentences() -> list[str]:
+    """`N_NUMBERS` sentences, each once, always the same: the patterns in turn, with slot values drawn anew."""
+    patterns = [line for line in read_utf8(NUMBERS).splitlines() if line and not line.startswith("#")]
+    values, said, pattern = random.Random(0), {}, itertools.cycle(patterns)
+    while len(said) < N_NUMBERS:
+        line = synthetic_voices.Line("A", "neutral", next(pattern))
+        said[synthetic_voices.fill_slots(synthetic_voices.Dialogue("", "", [line]), values)[0]] = None
+    return list(said)
+
+
+def read_in_groups(
+    source: str, sentences: list[str], facts: dict, voices: list[str], seed: int, done: set[str]
+) -> Iterator[Unit]:
+    """Sentences, eight at a time read by one of `voices`, in an order drawn from `seed`; each is read once.
+
+    Which eight does not depend on the seed, so that none is in two splits.
+    """
+    synthetic_voices.check_voice()
     random.Random(0).shuffle(sentences)
     groups = [sentences[start : start + READ_TOGETHER] for start in range(0, len(sentences), READ_TOGETHER)]
-    random.Random(synthetic_voices.seed_of(seed, "sentences")).shuffle(groups)
+    random.Random(synthetic_voices.seed_of(seed, source)).shuffle(groups)
 
     def units() -> Iterator[Unit]:
         for group in groups:
             name = hashlib.sha256("\n".join(group).encode()).hexdigest()[:12]
             lines = [synthetic_voices.Line("A", "neutral", text) for text in group]
-            dialogue = synthetic_voices.Dialogue(name, "sentences", lines)
-            unit = dialogue_unit("sentences", dialogue, seed, 0, voices, facts)
+            unit = dialogue_unit(source, synthetic_voices.Dialogue(name, source, lines), seed, 0, voices, facts)
             if unit.id not in done:
                 yield unit
 
-    return Source("sentences", "1", units(), endless=not given.is_file())
+    return units()
 
 
 def read_sentences(path: Path) -> list[str]:

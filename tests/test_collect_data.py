@@ -1,7 +1,9 @@
+import collections
 import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -583,6 +585,25 @@ def test_sentences_that_are_read_together_are_the_same_for_every_seed(tmp_path):
         source = speech_sources.sentences_source(tmp_path / "lines.txt", ["adam"], seed, set())
         names.append([unit.id.partition("-")[0] for unit in source.units])
     assert sorted(names[0]) == sorted(names[1]) and names[0] != names[1]
+
+
+def test_sentences_of_numbers_are_many_and_of_a_closed_vocabulary():
+    """Readable as they stand, each once, and every pattern is filled in different ways."""
+    sentences = speech_sources.number_sentences()
+    assert len(set(sentences)) == len(sentences) == speech_sources.N_NUMBERS
+    assert all(speech_sources.PLAIN.fullmatch(text) for text in sentences)
+    words = collections.Counter(re.findall(r"[a-z']+", " ".join(sentences).lower()))
+    assert len(words) < 200
+    assert min(words.values()) >= 20  # no word is so rare that it cannot be learnt
+
+
+def test_numbers_are_read_by_the_voice_named(tmp_path):
+    out = tmp_path / "out"
+    flags = ["--sources", "numbers", "--voices", "adam", "--workers", "1", "--target_hours", "0.005"]
+    assert run(main, [*flags, "--out", str(out)]) == EXIT_DONE
+    turns = list(read_turns(out, with_audio=False))
+    assert {turn.text for turn in turns} <= set(speech_sources.number_sentences())
+    assert {(turn.speaker_id, turn.license) for turn in turns} == {("synthetic:adam", "CC0-1.0")}
 
 
 def test_two_workers_give_the_same_turns_as_one(tmp_path):

@@ -48,9 +48,10 @@ LEVELS = (
         "training_config",
         "training_pictures",
     },
-    {"codec_gates", "speech_sources", "spoken_conversations", "training", "training_start"},
-    {"debian_speech", "evaluation_framework", "public_speech", "speech_filters", "speech_server", "terminal_chat"},
-    {"dialogue_corpora"},
+    {"codec_gates", "conversation_metrics", "speech_sources", "spoken_conversations", "training", "training_start"},
+    {"debian_speech", "degradations", "public_speech", "speech_filters", "speech_server", "terminal_chat"},
+    {"dialogue_corpora", "metric_validation"},
+    {"evaluation_framework"},
     {
         "collect_data",
         "demo",

@@ -1,0 +1,430 @@
+"""How conversations sound: prosody, arousal, character, timing; each a function of samples, texts or times.
+
+No weights are needed but those of the speaker encoder, which the caller runs. What a metric can and cannot tell is
+measured by `metric_validation.py`. Samples are float32 (N,) at 24 kHz. What cannot be measured raises `NotMeasurable`.
+Knows nothing of data sets, models or reports.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from audio import SAMPLE_RATE
+from speech_metrics import Metric, NotMeasurable, require_speech
+from synthetic_voices import track_f0
+
+HOP_SECONDS = 0.01
+ACTIVE_DB = 35.0  # a hop is speech if it is at most this far below the loudest
+SHORTEST_PAUSE = 0.15  # s of silence within a turn; shorter ones are stops of consonants
+PITCH_RANGE = (60.0, 500.0)  # Hz
+FEWEST_VOICED = 10  # hops
+SHORTEST_SECONDS = 0.3
+ALIGNED_BANDS = 20  # mel bands of the alignment of two readings of a text
+FEWEST_TURNS = 4  # of a rank correlation
+BREAK = 0.2  # s; silences in one speaker's turn that are shorter do not end it (dGSLM, arXiv 2203.16502, 3.2)
+TILT_HZ = 1000.0
+AROUSAL = ("pitch", "pitch_spread", "level", "level_spread", "rate", "tilt")  # features that rise with arousal
+
+CONVERSATION_METRICS = {
+    "pitch": Metric(
+        title="Pitch",
+        unit="semitones from 100 Hz",
+        better="as in human speech",
+        definition="Median of F0 over voiced frames (Praat's autocorrelation, 60 to 500 Hz).",
+        reference="about 2 for men, 12 for women",
+        source="Boersma 1993, IFA Proceedings 17; praat-parselmouth",
+    ),
+    "pitch_spread": Metric(
+        title="Pitch spread",
+        unit="semitones",
+        better="as in human speech; lower is monotonous",
+        definition="Standard deviation of F0 in semitones over voiced frames, the highest and the lowest 5 % "
+        "taken for their bounds. Deaf to where the pitch moves: see the pitch contour.",
+        reference="2 to 4 in conversation, 0 monotone",
+        source="as the pitch",
+    ),
+    "level_spread": Metric(
+        title="Level spread",
+        unit="dB",
+        better="as in human speech",
+        definition="Standard deviation of the level of 10 ms hops that are at most 35 dB below the loudest.",
+        reference="7 to 10 in clean speech; noise lowers it",
+        source="root mean square",
+    ),
+    "rate": Metric(
+        title="Articulation rate",
+        unit="characters/s",
+        better="as in human speech",
+        definition="Letters and digits of the text / seconds of speech, pauses above 0.15 s left out.",
+        reference="12 to 17 in English",
+        source="count",
+    ),
+    "pause_share": Metric(
+        title="Pause share",
+        unit="share of the turn",
+        better="as in human speech",
+        definition="Silence of at least 0.15 s between the first and the last speech / time between these.",
+        reference="0.02 to 0.2 in conversation",
+        source="level",
+    ),
+    "pitch_contour": Metric(
+        title="Pitch contour",
+        unit="correlation",
+        better="higher",
+        definition="Pearson correlation of log F0 with that of another reading of the text over frames voiced "
+        "in both, after dynamic time warping on 20 mel bands. 0 where either is monotone.",
+        reference="1 identity, 0 unrelated, -1 turned upside down; two good readings of a text may well differ",
+        source="VERSA's F0 correlation, on voiced frames only",
+    ),
+    "prosody_distance": Metric(
+        title="Distance of the prosody to human speech",
+        unit="standard deviations",
+        better="lower",
+        definition="Wasserstein-1 distance between the values of two sets of turns, in standard deviations of the "
+        "human set; mean over pitch (less the speaker's median), spread of pitch and level, rate and pause share.",
+        reference="two halves of the same speech; 1 is a shift by one human standard deviation",
+        source="after TTSDS (arXiv 2407.12707), with human units in place of a noise anchor",
+    ),
+    "character_run": Metric(
+        title="Character consistency",
+        unit="cosine",
+        better="higher, read between the two baselines",
+        definition="Cosine of a turn's speaker embedding to the mean of that character's turns before it.",
+        reference="real turns of the same and of other speakers",
+        source="speaker similarity over a conversation",
+    ),
+    "character_half": Metric(
+        title="Character, first half against second",
+        unit="cosine",
+        better="higher",
+        definition="Cosine of the mean speaker embeddings of the first and the second half of a character's turns.",
+        reference="real conversations",
+        source="as character consistency",
+    ),
+    "character_drift": Metric(
+        title="Character drift",
+        unit="cosine per turn",
+        better="0; below 0 the voice goes away",
+        definition="Slope of the cosine of a character's turns to its first one over the number of the turn.",
+        reference="0",
+        source="least squares",
+    ),
+    "confusion": Metric(
+        title="Speaker confusion",
+        unit="share of turns",
+        better="lower",
+        definition="Share of turns whose speaker embedding is nearer to the mean of another character of the "
+        "conversation than to the mean of its own other turns.",
+        reference="0.5 when voices are drawn at random",
+        source="nearest centroid",
+    ),
+    "emotional_coherence": Metric(
+        title="Emotional coherence",
+        unit="rank correlation",
+        better="higher",
+        definition="Spearman correlation over the turns of a speaker between the arousal heard and the arousal of the "
+        "real turn in the same place, which is what the context called for. Arousal: mean z score within the speaker "
+        "of pitch, its spread, level, its spread, rate and tilt.",
+        reference="1 as the human speaker, 0 unrelated to the context",
+        source="acoustic arousal, e.g. Juslin and Laukka 2003, Psychological Bulletin 129(5)",
+    ),
+    "entrainment": Metric(
+        title="Arousal entrainment",
+        unit="rank correlation",
+        better="as in human speech",
+        definition="Spearman correlation between the arousal of a turn and that of the turn before by somebody else.",
+        reference="real conversations; 0 when the replies ignore the arousal of what they reply to",
+        source="as emotional coherence",
+    ),
+    "gap": Metric(
+        title="Gap between turns",
+        unit="s",
+        better="as in human speech",
+        definition="Median of start of a turn - end of the turn before by somebody else; below 0 is overlap.",
+        reference="about 0.2 across languages (Stivers et al. 2009)",
+        source="Levinson and Torreira 2015",
+    ),
+    "gap_distance": Metric(
+        title="Distance of the gaps to human ones",
+        unit="s",
+        better="lower",
+        definition="Wasserstein-1 distance between the gaps of two sets of conversations.",
+        reference="two halves of the same conversations; sees what the median cannot, e.g. gaps that are all alike",
+        source="as the gap",
+    ),
+    "overlap": Metric(
+        title="Overlapping turns",
+        unit="share of speaker changes",
+        better="as in human speech",
+        definition="Share of changes of the speaker with a gap below 0.",
+        reference="0.1 to 0.4 in telephone conversation; 0 for half-duplex systems by construction",
+        source="as the gap",
+    ),
+}
+DISTRIBUTED = ("pitch", "pitch_spread", "level_spread", "rate", "pause_share")  # what `prosody_distance` compares
+
+
+# ---- one turn --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prosody:
+    """How one turn sounds. Units as in `CONVERSATION_METRICS`."""
+
+    pitch: float
+    pitch_spread: float
+    level: float  # dBFS of speech
+    level_spread: float
+    rate: float
+    pause_share: float
+    tilt: float  # dB, speech above 1 kHz against below
+
+
+def levels(samples: np.ndarray) -> np.ndarray:
+    """(N,) -> (T,) dBFS of 10 ms hops."""
+    hop = int(HOP_SECONDS * SAMPLE_RATE)
+    hops = samples[: len(samples) // hop * hop].reshape(-1, hop).astype(np.float64)
+    return 10 * np.log10(np.square(hops).mean(axis=1) + 1e-10)
+
+
+def pitch_track(samples: np.ndarray) -> np.ndarray:
+    """(N,) -> (T,) F0 in semitones from 100 Hz every 10 ms, nan where unvoiced.
+
+    In two passes: what is found in the wide range first says where the second one looks (De Looze and Hirst 2008).
+    """
+    floor, ceil = PITCH_RANGE
+    first = track_f0(samples, SAMPLE_RATE, floor, ceil)
+    if (voiced := first[first > 0]).size >= FEWEST_VOICED:
+        low, high = np.quantile(voiced, (0.25, 0.75))
+        floor, ceil = max(floor, 0.7 * low), min(ceil, 1.6 * high)
+        first = track_f0(samples, SAMPLE_RATE, floor, ceil)
+    hertz = first[::2]  # its hops are 5 ms
+    return 12 * np.log2(np.where(hertz > 0, hertz, np.nan) / 100)
+
+
+def prosody_of(samples: np.ndarray, text: str) -> Prosody:
+    """(N,) of a text. NotMeasurable: silent, shorter than 0.3 s, hardly any voice, or a text without letters."""
+    require_speech(samples)
+    letters = sum(character.isalnum() for character in text)
+    if len(samples) < SHORTEST_SECONDS * SAMPLE_RATE:
+        raise NotMeasurable(f"shorter than {SHORTEST_SECONDS} s for prosody")
+    if not letters:
+        raise NotMeasurable("the text has no letters to speak at a rate")
+    level = levels(samples)
+    active = level > level.max() - ACTIVE_DB
+    first, last = np.flatnonzero(active)[[0, -1]]
+    pauses = sum(n for n in silences(active[first : last + 1]) if n * HOP_SECONDS >= SHORTEST_PAUSE)
+    span = last + 1 - first
+    pitch = pitch_track(samples)
+    voiced = pitch[np.isfinite(pitch)]
+    if voiced.size < FEWEST_VOICED:
+        raise NotMeasurable("hardly any voiced speech for prosody")
+    low, high = np.quantile(voiced, (0.05, 0.95))
+    return Prosody(
+        pitch=float(np.median(voiced)),
+        pitch_spread=float(np.clip(voiced, low, high).std()),
+        level=float(level[active].mean()),
+        level_spread=float(level[active].std()),
+        rate=letters / ((span - pauses) * HOP_SECONDS),
+        pause_share=float(pauses / span),
+        tilt=tilt_of(samples),
+    )
+
+
+def silences(active: np.ndarray) -> list[int]:
+    """(T,) of bool -> lengths in hops of the runs that are False."""
+    return [len(list(run)) for speech, run in itertools.groupby(active) if not speech]
+
+
+def tilt_of(samples: np.ndarray) -> float:
+    """dB by which the power above 1 kHz exceeds that below."""
+    power = np.square(np.abs(np.fft.rfft(samples.astype(np.float64))))
+    edge = int(TILT_HZ * len(samples) / SAMPLE_RATE)
+    return float(10 * np.log10((power[edge:].sum() + 1e-10) / (power[1:edge].sum() + 1e-10)))
+
+
+def pitch_contour(reference: np.ndarray, samples: np.ndarray) -> float:
+    """(N,), (M,) of the same text -> CONVERSATION_METRICS["pitch_contour"]. NotMeasurable: too little voice."""
+    import librosa
+
+    waves = [require_speech(wave) for wave in (reference, samples)]
+    settings = {"sr": SAMPLE_RATE, "n_fft": 1024, "hop_length": int(2 * HOP_SECONDS * SAMPLE_RATE)}
+    mels = [librosa.feature.melspectrogram(y=wave, n_mels=ALIGNED_BANDS, **settings) for wave in waves]
+    logs = [librosa.power_to_db(mel, ref=np.max, top_db=50) for mel in mels]
+    if min(log.shape[1] for log in logs) < 2:
+        raise NotMeasurable(f"shorter than {SHORTEST_SECONDS} s for prosody")
+    _, path = librosa.sequence.dtw(*logs)  # (steps, 2) frames of 20 ms
+    tracks = [pitch_track(wave)[::2] for wave in waves]
+    steps = path[(path[:, 0] < len(tracks[0])) & (path[:, 1] < len(tracks[1]))]
+    ours, theirs = tracks[0][steps[:, 0]], tracks[1][steps[:, 1]]
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    if both.sum() < FEWEST_VOICED:
+        raise NotMeasurable("hardly any frame voiced in both readings")
+    ours, theirs = ours[both], theirs[both]
+    if min(ours.std(), theirs.std()) < 0.25:  # semitones: monotone, all that is left are errors of the tracker
+        return 0.0
+    return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+# ---- sets of turns ---------------------------------------------------------------------------------------------------
+
+
+def wasserstein(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Wasserstein-1 distance of two samples of numbers, in their unit. NotMeasurable: one is empty."""
+    from scipy.stats import wasserstein_distance
+
+    if not len(ours) or not len(theirs):
+        raise NotMeasurable("no values to compare")
+    return float(wasserstein_distance(ours, theirs))
+
+
+def prosody_distance(ours: Sequence[tuple[str, Prosody]], human: Sequence[tuple[str, Prosody]]) -> float:
+    """(speaker, prosody) of two sets of turns -> CONVERSATION_METRICS["prosody_distance"]."""
+    if len(human) < FEWEST_TURNS:
+        raise NotMeasurable(f"fewer than {FEWEST_TURNS} human turns to compare with")
+    distances = []
+    for feature in DISTRIBUTED:
+        values = [_values(turns, feature) for turns in (ours, human)]
+        unit = max(float(values[1].std()), 1e-3)
+        distances.append(wasserstein(*values) / unit)
+    return float(np.mean(distances))
+
+
+def _values(turns: Sequence[tuple[str, Prosody]], feature: str) -> np.ndarray:
+    """The feature of all turns; pitch without the speaker's median."""
+    values = np.array([getattr(prosody, feature) for _, prosody in turns])
+    if feature == "pitch":
+        speakers = np.array([speaker for speaker, _ in turns])
+        for speaker in set(speakers):
+            values[speakers == speaker] -= np.median(values[speakers == speaker])
+    return values
+
+
+# ---- emotion ---------------------------------------------------------------------------------------------------------
+
+
+def arousal(turns: Sequence[tuple[str, Prosody]]) -> np.ndarray:
+    """(speaker, prosody) of turns -> (n,) mean z score within the speaker over `AROUSAL`; nan where he has one turn.
+
+    A louder or higher voice as such is no arousal: only what a speaker changes counts.
+    """
+    speakers = np.array([speaker for speaker, _ in turns])
+    values = np.array([[getattr(prosody, name) for name in AROUSAL] for _, prosody in turns])  # (n, features)
+    scores = np.full_like(values, np.nan)
+    for speaker in set(speakers):
+        own = speakers == speaker
+        if own.sum() > 1:
+            spread = values[own].std(axis=0)
+            scores[own] = (values[own] - values[own].mean(axis=0)) / np.where(spread > 1e-6, spread, np.inf)
+    return scores.mean(axis=1)
+
+
+def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """(n,), (n,) with nan where unknown -> Spearman. NotMeasurable: under 4 pairs; 0 where one side never changes."""
+    from scipy.stats import spearmanr
+
+    known = np.isfinite(ours) & np.isfinite(theirs)
+    if known.sum() < FEWEST_TURNS:
+        raise NotMeasurable(f"fewer than {FEWEST_TURNS} turns for a rank correlation")
+    ours, theirs = ours[known], theirs[known]
+    if np.ptp(ours) < 1e-9 or np.ptp(theirs) < 1e-9:
+        return 0.0
+    return float(spearmanr(ours, theirs).statistic)
+
+
+def entrainment(heard: Sequence[np.ndarray], speakers: Sequence[Sequence[str]]) -> float:
+    """Arousal (n,) and speakers of the turns of every conversation -> CONVERSATION_METRICS["entrainment"]."""
+    pairs = [
+        (before, after)
+        for values, names in zip(heard, speakers, strict=True)
+        for (before, one), (after, other) in itertools.pairwise(zip(values, names, strict=True))
+        if one != other
+    ]
+    if not pairs:
+        raise NotMeasurable("nobody replies to anybody")
+    return rank_correlation(*np.array(pairs).T)
+
+
+# ---- character -------------------------------------------------------------------------------------------------------
+
+
+class Character(NamedTuple):
+    """Consistency of one character's turns in one conversation; nan where it has too few."""
+
+    run: float
+    half: float
+    drift: float
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / max(float(np.linalg.norm(x)), 1e-9)
+
+
+def character(turns: np.ndarray) -> Character:
+    """(n, D) speaker embeddings of a character in order. NotMeasurable: fewer than 2 turns."""
+    if len(turns) < 2:
+        raise NotMeasurable("a character with one turn cannot change")
+    run = np.mean([turns[i] @ _unit(turns[:i].mean(axis=0)) for i in range(1, len(turns))])
+    halves = (_unit(part.mean(axis=0)) for part in np.array_split(turns, 2))
+    to_first = turns[1:] @ turns[0]
+    slope = np.polyfit(np.arange(1, len(turns)), to_first, 1)[0] if len(to_first) > 1 else math.nan
+    return Character(float(run), float(np.dot(*halves)), float(slope))
+
+
+def confused(turns: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
+    """(n, D) embeddings of a conversation's turns -> (n,) 1 where another character is nearer, nan if it is alone."""
+    names = np.array(speakers)
+    found = np.full(len(turns), np.nan)
+    for i, name in enumerate(names):
+        own = (names == name) & (np.arange(len(names)) != i)
+        others = [turns[names == other] for other in sorted(set(names) - {name})]
+        if own.any() and others:
+            nearest = max(turns[i] @ _unit(other.mean(axis=0)) for other in others)
+            found[i] = nearest > turns[i] @ _unit(turns[own].mean(axis=0))
+    return found
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Span(NamedTuple):
+    """When a turn is spoken."""
+
+    speaker: str
+    start: float  # s
+    end: float
+
+
+def gaps(turns: Sequence[Span]) -> list[float]:
+    """Start - end of the turn before, at every change of the speaker, in s."""
+    ordered = sorted(turns, key=lambda turn: turn.start)
+    return [b.start - a.end for a, b in itertools.pairwise(joined(ordered)) if a.speaker != b.speaker]
+
+
+def joined(turns: Sequence[Span]) -> list[Span]:
+    """Turns of one speaker that follow each other within 0.2 s are one."""
+    whole: list[Span] = []
+    for turn in turns:
+        if whole and whole[-1].speaker == turn.speaker and turn.start - whole[-1].end < BREAK:
+            whole[-1] = whole[-1]._replace(end=max(whole[-1].end, turn.end))
+        else:
+            whole.append(turn)
+    return whole
+
+
+def gap(found: Sequence[float]) -> float:
+    if not len(found):
+        raise NotMeasurable("the speaker never changes")
+    return float(np.median(found))
+
+
+def overlap(found: Sequence[float]) -> float:
+    if not len(found):
+        raise NotMeasurable("the speaker never changes")
+    return float(np.mean(np.asarray(found) < 0))

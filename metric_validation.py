@@ -1,0 +1,680 @@
+"""Does each metric tell good from bad? Controlled degradations of real conversations, with what is expected of each.
+
+For every degradation and metric it is written down beforehand whether the metric must rise, must fall or must not care.
+A metric that must move has to (1) change in that direction at the strongest level, with a 95 % bootstrap interval over
+conversations that leaves out 0, (2) by at least 0.8 standard deviations of the paired change, and (3) follow the
+severity: Spearman of at least 0.9 over five levels. One that must not care may move by at most 0.3 standard deviations
+between conversations. Every level is compared with severity 0, which passes the same analysis and synthesis.
+
+What is done is kept in `validation.jsonl` and not done again. Knows nothing of models or tokenizers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import conversation_metrics as cm
+import degradations
+from audio import SAMPLE_RATE, resample
+from command_line import MissingRequirement
+from conversations import Conversation, build_conversations, loudness_gains, read_clips
+from evaluation_report import save_plot
+from speech_filters import RATE as DNSMOS_RATE
+from speech_filters import dnsmos
+from speech_metrics import METRICS, NotMeasurable, Recognizer, SpeakerEncoder, count_errors
+from spoken_validation import NEEDS
+from turn_shards import read_turns
+
+LEAST_EFFECT = 0.8  # standard deviations of the paired change (large: Cohen 1988)
+LEAST_ORDER = 0.9  # Spearman of severity and mean
+MOST_BLIND = 0.3  # standard deviations between conversations
+RESAMPLES = 2000
+EVERYTHING = "python setup_environment.py --extras data eval filters"
+RECORDS = "validation.jsonl"
+MOST_TURNS = 8  # of a conversation
+FEWEST = 4  # conversations, for a verdict
+RISES, FALLS, BLIND = 1, -1, 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn as it is heard."""
+
+    speaker: str
+    text: str
+    samples: np.ndarray  # (N,) at 24 kHz
+    start: float  # s
+
+    @property
+    def end(self) -> float:
+        return self.start + len(self.samples) / SAMPLE_RATE
+
+
+Turns = list[Turn]
+
+
+# ---- degradations of conversations -----------------------------------------------------------------------------------
+
+
+def each_turn(degrade: degradations.Degrade) -> Callable[[Turns, float, np.random.Generator], Turns]:
+    """All turns degraded alike."""
+
+    def changed(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+        return [dataclasses.replace(turn, samples=degrade(turn.samples, severity, lots)) for turn in turns]
+
+    return changed
+
+
+def voice_leaves(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """Every character's second half of turns is spoken by somebody else."""
+    changed = []
+    for place, turn in enumerate(turns):
+        later = place >= len(turns) // 2
+        samples = degradations.change_speaker(turn.samples, severity * later, lots)
+        changed.append(dataclasses.replace(turn, samples=samples))
+    return changed
+
+
+def voices_swapped(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """A share of the turns is spoken by the other character: their names are exchanged."""
+    names = sorted({turn.speaker for turn in turns})
+    other = dict(zip(names, names[1:] + names[:1], strict=True))
+    moved = lots.permutation(len(turns)) < severity * len(turns)
+    return [
+        dataclasses.replace(turn, speaker=other[turn.speaker]) if move else turn
+        for turn, move in zip(turns, moved, strict=True)
+    ]
+
+
+def emotion_shuffled(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """The way of speaking of a share of the turns goes to other turns of the same speaker; texts and times stay."""
+    sounds = [(turn.text, turn.samples) for turn in turns]
+    for name in sorted({turn.speaker for turn in turns}):
+        places = [i for i, turn in enumerate(turns) if turn.speaker == name]
+        moved = degradations.shuffled([sounds[i] for i in places], severity, lots)
+        for place, sound in zip(places, moved, strict=True):
+            sounds[place] = sound
+    return [dataclasses.replace(t, text=text, samples=x) for t, (text, x) in zip(turns, sounds, strict=True)]
+
+
+def gaps_longer(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """Every turn starts `severity` seconds later after the one before."""
+    return [dataclasses.replace(turn, start=turn.start + severity * i) for i, turn in enumerate(turns)]
+
+
+def gaps_alike(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """The silences between turns move towards their median."""
+    silences = np.array([b.start - a.end for a, b in itertools.pairwise(turns)])
+    made = turns[:1]
+    for turn, silence in zip(turns[1:], silences, strict=True):
+        wanted = silence + severity * (np.median(silences) - silence)
+        made = [*made, dataclasses.replace(turn, start=made[-1].end + wanted)]
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degradation:
+    """What is done, how strongly, and what is expected of the metrics, written down before they are measured."""
+
+    title: str
+    change: Callable[[Turns, float, np.random.Generator], Turns]
+    severities: tuple[float, ...]  # the first is 0
+    expected: dict[str, int]
+
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+DEGRADATIONS = {
+    "flat pitch": Degradation(
+        title="pitch moves less, by the share",
+        change=each_turn(degradations.flatten_pitch),
+        severities=SHARES,
+        expected={
+            "pitch_spread": FALLS, "pitch_contour": FALLS, "prosody_distance": RISES, "rate": BLIND,
+            "pause_share": BLIND,
+        },
+    ),
+    "exaggerated pitch": Degradation(
+        title="pitch moves more, by the share",
+        change=each_turn(lambda samples, severity, lots: degradations.flatten_pitch(samples, -severity, lots)),
+        severities=SHARES,
+        expected={"pitch_spread": RISES, "prosody_distance": RISES, "rate": BLIND},
+    ),
+    "misplaced pitch": Degradation(
+        title="contour mixed with its mirror image",
+        change=each_turn(degradations.misplace_pitch),
+        severities=(0.0, 0.25, 0.5, 0.75, 1.0),
+        expected={"pitch_contour": FALLS, "rate": BLIND},
+    ),
+    "upside-down pitch": Degradation(
+        title="contour turned upside down: as wide as before, in the wrong places",
+        change=each_turn(lambda samples, severity, lots: degradations.misplace_pitch(samples, severity > 0, lots)),
+        severities=(0.0, 1.0),
+        expected={"pitch_spread": BLIND, "prosody_distance": BLIND},
+    ),
+    "higher pitch": Degradation(
+        title="all pitch higher, semitones",
+        change=each_turn(degradations.shift_pitch),
+        severities=(0.0, 1.0, 2.0, 3.0, 4.0),
+        expected={
+            "pitch": RISES, "speaker_similarity": FALLS, "pitch_spread": BLIND, "emotional_coherence": BLIND,
+            "prosody_distance": BLIND,
+        },
+    ),
+    "slower": Degradation(
+        title="slower, by the share",
+        change=each_turn(degradations.stretch),
+        severities=(0.0, 0.1, 0.2, 0.3, 0.4),
+        expected={"rate": FALLS, "prosody_distance": RISES, "pitch_spread": BLIND},
+    ),
+    "pauses": Degradation(
+        title="silences of 0.3 s within the turn",
+        change=each_turn(degradations.insert_pauses),
+        severities=(0.0, 1.0, 2.0, 3.0, 4.0),
+        expected={"pause_share": RISES, "prosody_distance": RISES, "pitch_spread": BLIND, "pitch_contour": BLIND},
+    ),
+    "no pauses": Degradation(
+        title="silences within the turn shorter, by the share",
+        change=each_turn(degradations.remove_pauses),
+        severities=SHARES,
+        expected={"pause_share": FALLS, "pitch_spread": BLIND},
+    ),
+    "noise": Degradation(
+        title="white noise, dB above 40 dB below the speech",
+        change=each_turn(degradations.add_noise),
+        severities=(0.0, 10.0, 20.0, 30.0, 40.0),
+        expected={"dnsmos": FALLS, "wer": RISES, "speaker_similarity": FALLS},
+    ),
+    "clipping": Degradation(
+        title="share of the samples that are cut off",
+        change=each_turn(degradations.clip),
+        severities=(0.0, 0.02, 0.05, 0.15, 0.4),
+        expected={"dnsmos": FALLS, "rate": BLIND},
+    ),
+    "dropped words": Degradation(
+        title="share of pieces of 0.35 s that are missing",
+        change=each_turn(degradations.drop_words),
+        severities=(*SHARES[:-1], 0.9),
+        expected={"wer": RISES, "rate": RISES},
+    ),
+    "louder": Degradation(
+        title="louder, dB",
+        change=each_turn(degradations.gain),
+        severities=(0.0, -6.0, -3.0, 3.0, 6.0),
+        expected={
+            "dnsmos": BLIND, "wer": BLIND, "pitch_spread": BLIND, "level_spread": BLIND, "rate": BLIND,
+            "pause_share": BLIND, "prosody_distance": BLIND, "pitch_contour": BLIND, "speaker_similarity": BLIND,
+            "emotional_coherence": BLIND, "character_run": BLIND,
+        },
+    ),
+    "another voice from the middle on": Degradation(
+        title="distance to another voice in the second half",
+        change=voice_leaves,
+        severities=SHARES,
+        expected={"character_run": FALLS, "character_half": FALLS, "character_drift": FALLS, "gap": BLIND},
+    ),
+    "exchanged speakers": Degradation(
+        title="share of the turns spoken by the other character",
+        change=voices_swapped,
+        severities=(0.0, 0.125, 0.25, 0.375, 0.5),
+        expected={"confusion": RISES, "character_run": FALLS, "rate": BLIND},
+    ),
+    "shuffled emotion": Degradation(
+        title="share of the turns whose way of speaking goes elsewhere",
+        change=emotion_shuffled,
+        severities=SHARES,
+        expected={"emotional_coherence": FALLS, "character_run": BLIND, "prosody_distance": BLIND, "pitch": BLIND},
+    ),
+    "longer gaps": Degradation(
+        title="s between turns beside those there were",
+        change=gaps_longer,
+        severities=(0.0, 0.25, 0.5, 1.0, 2.0),
+        expected={"gap": RISES, "gap_distance": RISES, "pause_share": BLIND},
+    ),
+    "talking over each other": Degradation(
+        title="s that turns start earlier",
+        change=lambda turns, severity, lots: gaps_longer(turns, -severity, lots),
+        severities=(0.0, 0.2, 0.4, 0.6, 0.8),
+        expected={"gap": FALLS, "overlap": RISES, "gap_distance": RISES},
+    ),
+    "gaps all alike": Degradation(
+        title="share of the way to the median gap",
+        change=gaps_alike,
+        severities=SHARES,
+        expected={"gap_distance": RISES, "gap": BLIND, "overlap": BLIND},
+    ),
+}  # fmt: skip
+
+
+# ---- metrics of conversations ----------------------------------------------------------------------------------------
+
+
+class Ears:
+    """The models that listen, loaded at the first use."""
+
+    def __init__(self, asr: str):
+        self.asr = asr
+
+    @functools.cached_property
+    def recognizer(self) -> Recognizer:
+        return Recognizer(self.asr)
+
+    @functools.cached_property
+    def encoder(self) -> SpeakerEncoder:
+        return SpeakerEncoder()
+
+    def embeddings(self, turns: Turns) -> tuple[np.ndarray, list[str]]:
+        """(n, D) of the turns long enough, and their speakers."""
+        found = [
+            (each, turn.speaker) for turn in turns if (each := _or_none(self.encoder.embed, turn.samples)) is not None
+        ]
+        if not found:
+            raise NotMeasurable("no turn is long enough for the speaker encoder")
+        vectors, names = zip(*found, strict=True)
+        return np.stack(vectors), list(names)
+
+
+def _or_none(measure: Callable, *given: object) -> object | None:
+    try:
+        return measure(*given)
+    except NotMeasurable:
+        return None
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        raise NotMeasurable("no turn of the conversation can be measured")
+    return float(np.mean(known))
+
+
+@dataclass(frozen=True)
+class Human:
+    """What degraded conversations are compared with: all others of the collection, as they are."""
+
+    prosody: dict[str, list[tuple[str, cm.Prosody]]]  # conversation -> speaker and prosody of its turns
+    gaps: dict[str, list[float]]
+
+    def prosody_but(self, name: str) -> list[tuple[str, cm.Prosody]]:
+        return [turn for other, turns in self.prosody.items() if other != name for turn in turns]
+
+    def gaps_but(self, name: str) -> list[float]:
+        return [gap for other, gaps in self.gaps.items() if other != name for gap in gaps]
+
+
+class Heard:
+    """A degraded conversation beside the one it was made from."""
+
+    def __init__(self, name: str, turns: Turns, original: Turns, human: Human, ears: Ears):
+        self.name, self.turns, self.original, self.human, self.ears = name, turns, original, human, ears
+
+    @functools.cached_property
+    def prosody(self) -> list[tuple[str, cm.Prosody] | None]:
+        return prosody_of_turns(self.turns)
+
+    @functools.cached_property
+    def gaps(self) -> list[float]:
+        return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
+
+    @functools.cached_property
+    def characters(self) -> list[cm.Character]:
+        vectors, names = self.ears.embeddings(self.turns)
+        own = (vectors[[name == each for each in names]] for name in sorted(set(names)))
+        return [found for turns in own if (found := _or_none(cm.character, turns)) is not None]
+
+    def mean_prosody(self, name: str) -> float:
+        return _mean(getattr(turn[1], name) for turn in self.prosody if turn)
+
+    def per_turn(self, measure: Callable[[Turn, Turn], float]) -> float:
+        """Mean over the turns of a measure of a turn and the one it was made from."""
+        return _mean(_or_none(measure, *pair) for pair in zip(self.turns, self.original, strict=True))
+
+    def coherence(self) -> float:
+        pairs = zip(self.prosody, prosody_of_turns(self.original), strict=True)
+        whole = [pair for pair in pairs if pair[0] and pair[1]]
+        heard, real = zip(*whole, strict=True) if whole else ((), ())
+        return cm.rank_correlation(cm.arousal(heard), cm.arousal(real))
+
+    def errors(self) -> float:
+        """Word error rate of all turns together."""
+        counts = [
+            count_errors(turn.text, self.ears.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
+            for turn in self.turns
+        ]
+        return sum(each.wrong for each in counts) / sum(each.words for each in counts)
+
+    def confusion(self) -> float:
+        return _mean(cm.confused(*self.ears.embeddings(self.turns)).tolist())
+
+    def similarity(self) -> float:
+        """Of the turns to those they were made from."""
+        return self.per_turn(
+            lambda now, real: float(self.ears.encoder.embed(now.samples) @ self.ears.encoder.embed(real.samples))
+        )
+
+
+def prosody_of_turns(turns: Turns) -> list[tuple[str, cm.Prosody] | None]:
+    """Speaker and prosody of every turn that can be measured, else None."""
+    found = (_or_none(cm.prosody_of, turn.samples, turn.text) for turn in turns)
+    return [(turn.speaker, each) if each else None for turn, each in zip(turns, found, strict=True)]
+
+
+MEASURES: dict[str, Callable[[Heard], float]] = {
+    **{name: functools.partial(lambda heard, name: heard.mean_prosody(name), name=name) for name in cm.DISTRIBUTED},
+    "pitch_contour": lambda heard: heard.per_turn(lambda now, real: cm.pitch_contour(real.samples, now.samples)),
+    "prosody_distance": lambda heard: cm.prosody_distance(
+        [turn for turn in heard.prosody if turn], heard.human.prosody_but(heard.name)
+    ),
+    "emotional_coherence": Heard.coherence,
+    "character_run": lambda heard: _mean(each.run for each in heard.characters),
+    "character_half": lambda heard: _mean(each.half for each in heard.characters),
+    "character_drift": lambda heard: _mean(each.drift for each in heard.characters),
+    "confusion": Heard.confusion,
+    "speaker_similarity": Heard.similarity,
+    "gap": lambda heard: cm.gap(heard.gaps),
+    "overlap": lambda heard: cm.overlap(heard.gaps),
+    "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
+    "wer": Heard.errors,
+    "dnsmos": lambda heard: _mean(
+        dnsmos(resample(turn.samples, SAMPLE_RATE, DNSMOS_RATE)) for turn in heard.turns if len(turn.samples)
+    ),
+}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """One metric of one conversation, at every severity of one degradation."""
+
+    conversation: str
+    degradation: str
+    metric: str
+    values: list[float | None]  # None: not measurable
+    reasons: list[str]
+
+
+def measure_one(
+    name: str, original: Turns, which: str, metrics: Sequence[str], human: Human, ears: Ears, seed: int
+) -> list[Record]:
+    """All metrics of one conversation under one degradation."""
+    degradation = DEGRADATIONS[which]
+    found: dict[str, list[float | None]] = {metric: [] for metric in metrics}
+    reasons: dict[str, list[str]] = {metric: [] for metric in metrics}
+    for severity in degradation.severities:
+        lots = np.random.default_rng(
+            int.from_bytes(hashlib.sha256(f"{seed}/{name}/{which}".encode()).digest()[:4], "big")
+        )
+        heard = Heard(name, degradation.change(original, severity, lots), original, human, ears)
+        for metric in metrics:
+            try:
+                value = MEASURES[metric](heard)
+            except NotMeasurable as reason:
+                reasons[metric].append(str(reason))
+                value = None
+            found[metric].append(value)
+    return [Record(name, which, metric, found[metric], reasons[metric]) for metric in metrics]
+
+
+def turns_of(conversation: Conversation, audio: dict[str, np.ndarray]) -> Turns:
+    """The first `MOST_TURNS` turns as they were spoken; 0.25 s apart where the collection has no times."""
+    turns: Turns = []
+    for record in conversation.turns[:MOST_TURNS]:
+        begin = turns[-1].end + 0.25 if turns else 0.0
+        start = begin if record.start_s is None else record.start_s
+        turns.append(Turn(record.speaker_id, record.text, audio[record.utt_id], start))
+    return turns
+
+
+def conversations_of(data: Path, most_turns: int, seed: int) -> dict[str, Turns]:
+    """Held-out conversations of several speakers with about `most_turns` turns in all. ValueError: fewer than 4."""
+    rows = build_conversations(read_turns(data, with_audio=False), pseudo=False)
+    able = [c for c in rows if c.split != "train" and c.structure == "dialogue" and len(c.turns) >= cm.FEWEST_TURNS]
+    random.Random(seed).shuffle(able)
+    before = np.cumsum([0] + [min(len(c.turns), MOST_TURNS) for c in able])
+    chosen = [c for c, turns in zip(able, before, strict=False) if turns < most_turns]
+    if len(chosen) < FEWEST:
+        raise ValueError(
+            f"{data} holds {len(chosen)} held-out conversations of {cm.FEWEST_TURNS} turns or more between several "
+            f"speakers, {FEWEST} are needed; collect more, e.g. --sources synthetic, or raise --max_clips"
+        )
+    gains = loudness_gains(turn for c in chosen for turn in c.turns)
+    audio = {turn.utt_id: samples for turn, samples in read_clips(data, gains)}
+    return {c.conv_id: turns_of(c, audio) for c in chosen}
+
+
+def validation_needs() -> dict[str, str]:
+    """metric -> what to install for it. MissingRequirement: what all of it needs is not there."""
+    import importlib.util
+
+    if absent := [
+        name for name in ("parselmouth", "pyworld", "librosa", "scipy") if not importlib.util.find_spec(name)
+    ]:
+        raise MissingRequirement(f"{', '.join(absent)} not installed: {EVERYTHING}")
+    missing = {}
+    for metric, packages in {**NEEDS, "dnsmos": ("speechmos",)}.items():
+        if absent := [name for name in packages if not importlib.util.find_spec(name)]:
+            missing[metric] = f"{', '.join(absent)} not installed: {EVERYTHING}"
+    if "speaker_similarity" in missing:
+        of_voice = ("character_run", "character_half", "character_drift", "confusion")
+        missing |= dict.fromkeys(of_voice, missing["speaker_similarity"])
+    return {metric: reason for metric, reason in missing.items() if metric in MEASURES}
+
+
+def wanted(missing: Iterable[str]) -> dict[str, list[str]]:
+    """degradation -> metrics that are expected to do something and can be measured here."""
+    return {name: [m for m in d.expected if m not in set(missing)] for name, d in DEGRADATIONS.items()}
+
+
+_WORKER: dict = {}
+
+
+def start_worker(human: Human, asr: str, seed: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _WORKER.update(human=human, ears=Ears(asr), seed=seed)
+
+
+def measure_in_worker(name: str, original: Turns, which: str, metrics: Sequence[str]) -> list[Record]:
+    return measure_one(name, original, which, metrics, _WORKER["human"], _WORKER["ears"], _WORKER["seed"])
+
+
+def measure_all(
+    conversations: dict[str, Turns], missing: Iterable[str], asr: str, seed: int, workers: int, out: Path
+) -> list[Record]:
+    """Every degradation of every conversation; what `out` holds already from the same audio is not measured again."""
+    key = hashlib.sha256(json.dumps([seed, asr, [hash_of(turns) for turns in conversations.values()]]).encode())
+    path = out / f"{key.hexdigest()[:12]}-{RECORDS}"
+    done = read_records(path)
+    seen = {(record.conversation, record.degradation, record.metric) for record in done}
+    jobs = [
+        (name, turns, which, left)
+        for which, metrics in wanted(missing).items()
+        for name, turns in conversations.items()
+        if (left := [metric for metric in metrics if (name, which, metric) not in seen])
+    ]
+    human = Human(
+        {name: [turn for turn in prosody_of_turns(turns) if turn] for name, turns in conversations.items()},
+        {name: Heard(name, turns, turns, Human({}, {}), Ears(asr)).gaps for name, turns in conversations.items()},
+    )
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, start_worker, (human, asr, seed)) as pool,
+        open(path, "a", encoding="utf-8") as file,
+    ):
+        futures = [pool.submit(measure_in_worker, *job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="validating", unit="conversation"):
+                for record in future.result():
+                    file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+                    done.append(record)
+                file.flush()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done
+
+
+def hash_of(turns: Turns) -> str:
+    digest = hashlib.sha256()
+    for turn in turns:
+        digest.update(f"{turn.speaker} {turn.text} {turn.start}".encode() + turn.samples.tobytes())
+    return digest.hexdigest()
+
+
+def read_records(path: Path) -> list[Record]:
+    """What an earlier run left; a line that a kill cut off is measured again."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(Record(**json.loads(line)))
+    return found
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one degradation did to one metric, and whether that was expected."""
+
+    degradation: str
+    metric: str
+    expected: int
+    severities: list[float]
+    means: list[float]  # over the conversations, at every severity
+    change: float  # at the strongest severity, mean over the conversations
+    low: float  # 95 % bootstrap interval of it
+    high: float
+    effect: float  # change / standard deviation of the paired changes
+    drift: float  # change / standard deviation between conversations
+    order: float  # Spearman of severity and mean
+    conversations: int
+    excluded: dict[str, int]
+    passed: bool | None  # None: too few conversations could be measured
+    why: str
+
+
+def judge(records: Sequence[Record], seed: int) -> list[Verdict]:
+    """A verdict for everything that was expected."""
+    table: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        table.setdefault((record.degradation, record.metric), []).append(record)
+    return [
+        verdict_on(name, metric, expected, sorted(table[name, metric], key=lambda r: r.conversation), seed)
+        for name, degradation in DEGRADATIONS.items()
+        for metric, expected in degradation.expected.items()
+        if (name, metric) in table
+    ]
+
+
+def verdict_on(name: str, metric: str, expected: int, records: Sequence[Record], seed: int) -> Verdict:
+    from scipy.stats import spearmanr
+
+    severities = DEGRADATIONS[name].severities
+    whole = np.array([record.values for record in records if None not in record.values], dtype=float)  # (C, levels)
+    excluded = Counter(reason for record in records for reason in set(record.reasons))
+    facts = {"degradation": name, "metric": metric, "expected": expected, "severities": list(severities)}
+    facts |= {"conversations": len(whole), "excluded": dict(excluded)}
+    if len(whole) < FEWEST:
+        none = dict.fromkeys(("change", "low", "high", "effect", "drift", "order"), math.nan)
+        return Verdict(**facts, **none, means=[], passed=None, why=f"fewer than {FEWEST} conversations measurable")
+    changes = whole[:, -1] - whole[:, 0]
+    draws = np.random.default_rng(seed).integers(len(changes), size=(RESAMPLES, len(changes)))
+    low, high = np.percentile(changes[draws].mean(axis=1), [2.5, 97.5])
+    means, change = whole.mean(axis=0), changes.mean()
+    effect, drift = (float(change / max(spread, 1e-9)) for spread in (changes.std(ddof=1), whole[:, 0].std(ddof=1)))
+    order = float(spearmanr(severities, means).statistic) if len(severities) > 2 and np.ptp(means) > 0 else 0.0
+    values = {"change": float(change), "low": float(low), "high": float(high), "effect": effect, "drift": drift}
+    why = why_not(expected, values, order) if expected else why_not_blind(change, whole[:, 0], drift)
+    return Verdict(**facts, **values, order=order, means=means.tolist(), passed=not why, why=why)
+
+
+def why_not(expected: int, values: dict[str, float], order: float) -> str:
+    """What keeps a metric that must move from passing; "" if nothing."""
+    toward_zero = values["low"] if expected > 0 else -values["high"]
+    if toward_zero <= 0:
+        return "the interval of the change holds 0, or it goes the wrong way"
+    if expected * values["effect"] < LEAST_EFFECT:
+        return f"effect below {LEAST_EFFECT}"
+    return "" if expected * order >= LEAST_ORDER else f"does not follow the severity (order below {LEAST_ORDER})"
+
+
+def why_not_blind(change: float, clean: np.ndarray, drift: float) -> str:
+    """What keeps a metric that must not care from passing; "" if nothing.
+
+    Where conversations do not differ, as in what is 1 by definition at severity 0, a hundredth of the value counts.
+    """
+    alike = clean.std(ddof=1) < 0.01 * abs(clean.mean())
+    small = abs(change) <= 0.02 * abs(clean.mean()) if alike else abs(drift) <= MOST_BLIND
+    return "" if small else f"moves by more than {MOST_BLIND} standard deviations between conversations"
+
+
+def plain_verdict(verdict: Verdict) -> dict:
+    """As values for JSON, which has no nan."""
+    values = dataclasses.asdict(verdict)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+WORDS = {RISES: "rises", FALLS: "falls", BLIND: "does not care"}
+
+
+def title_of(metric: str) -> str:
+    return TITLES.get(metric) or metric
+
+
+TITLES = {name: metric.title for name, metric in {**METRICS, **cm.CONVERSATION_METRICS}.items()}
+TITLES["dnsmos"] = "DNSMOS, overall"
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    print(f"{'degradation':34}{'metric':40}{'must':15}{'from':>9}{'to':>9}{'effect':>8}{'order':>7}{'n':>4}  verdict")
+    for v in verdicts:
+        ends = f"{v.means[0]:9.3f}{v.means[-1]:9.3f}" if v.means else " " * 18
+        said = "passed" if v.passed else "not measured: " + v.why if v.passed is None else "FAILED: " + v.why
+        row = f"{v.degradation:34}{title_of(v.metric):40}{WORDS[v.expected]:15}{ends}"
+        print(f"{row}{v.effect if v.expected else v.drift:8.2f}{v.order:7.2f}{v.conversations:4}  {said}")
+    counts = Counter(v.passed for v in verdicts)
+    print(f"{counts[True]} of {len(verdicts)} expectations hold, {counts[False]} fail, {counts[None]} not measured")
+
+
+def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Effect of every degradation on every metric, in standard deviations; a frame where it is not as expected."""
+    import matplotlib.figure
+
+    metrics = list(dict.fromkeys(v.metric for v in verdicts))
+    rows = list(dict.fromkeys(v.degradation for v in verdicts))
+    figure = matplotlib.figure.Figure(figsize=(1.5 + 0.62 * len(metrics), 1.8 + 0.36 * len(rows)))
+    axis = figure.subplots()
+    shown = np.full((len(rows), len(metrics)), np.nan)
+    for v in verdicts:
+        shown[rows.index(v.degradation), metrics.index(v.metric)] = v.effect if v.expected else v.drift
+    picture = axis.imshow(np.clip(shown, -4, 4), cmap="RdBu_r", vmin=-4, vmax=4, aspect="auto")
+    for v in verdicts:
+        y, x = rows.index(v.degradation), metrics.index(v.metric)
+        mark = {RISES: "+", FALLS: "-", BLIND: "0"}[v.expected] + {True: "", False: "!", None: "?"}[v.passed]
+        axis.text(x, y, mark, ha="center", va="center", fontweight="normal" if v.passed else "bold")
+    axis.set_xticks(range(len(metrics)), [title_of(metric) for metric in metrics], rotation=60, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_title("expected: + rises, - falls, 0 does not care; ! otherwise")
+    figure.colorbar(picture, label="change, standard deviations (cut at 4)")
+    save_plot(figure, path)

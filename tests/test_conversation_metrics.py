@@ -1,0 +1,146 @@
+"""Metrics of conversations: known answers, and the right change for speech that was changed in a known way."""
+
+import numpy as np
+import pytest
+from spoken_clips import SENTENCES, other_speaker, speech
+
+import conversation_metrics as cm
+import degradations
+from audio import SAMPLE_RATE
+from speech_metrics import NotMeasurable
+
+NO_LOTS = np.random.default_rng(0)
+
+
+def buzz(hertz: np.ndarray) -> np.ndarray:
+    """A voice-like sound of the F0 given for every sample."""
+    phase = 2 * np.pi * np.cumsum(hertz) / SAMPLE_RATE
+    return (0.1 * sum(np.sin(h * phase) / h for h in range(1, 12))).astype(np.float32)
+
+
+def prosody(**changes) -> cm.Prosody:
+    values = dict.fromkeys(("pitch", "pitch_spread", "level", "level_spread", "rate", "pause_share", "tilt"), 1.0)
+    return cm.Prosody(**{**values, **changes})
+
+
+def test_pitch_of_known_sounds():
+    t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    steady = cm.prosody_of(buzz(np.full_like(t, 200.0)), "a steady tone")
+    assert steady.pitch == pytest.approx(12.0, abs=0.05)  # an octave above 100 Hz
+    assert steady.pitch_spread < 0.05
+    swinging = cm.prosody_of(buzz(150 * 2 ** (np.sin(2 * np.pi * t) * 3 / 12)), "a swinging tone")
+    assert swinging.pitch_spread == pytest.approx(3 / np.sqrt(2), rel=0.06)
+
+
+def test_rate_and_pauses_of_known_lengths():
+    word = buzz(np.full(SAMPLE_RATE // 2, 120.0))
+    silence = np.zeros(SAMPLE_RATE // 4, np.float32)
+    found = cm.prosody_of(np.concatenate([silence, word, silence, word, silence]), "ten letter")
+    assert found.rate == pytest.approx(9 / 1.0, rel=0.03)  # silence at the ends is no pause
+    assert found.pause_share == pytest.approx(0.25 / 1.25, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("samples", "text", "reason"),
+    [
+        (np.zeros(SAMPLE_RATE, np.float32), "a", "silent"),
+        (buzz(np.full(SAMPLE_RATE // 20, 120.0)), "a", "shorter than"),
+        (buzz(np.full(SAMPLE_RATE, 120.0)), "...", "no letters"),
+        (np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE).astype(np.float32), "a", "voiced"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(samples, text, reason):
+    with pytest.raises(NotMeasurable, match=reason):
+        cm.prosody_of(samples, text)
+
+
+def test_samples_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="finite"):
+        cm.prosody_of(np.full(SAMPLE_RATE, np.nan, np.float32), "a")
+
+
+def test_contour_of_a_reading_is_followed_flattened_and_turned_over():
+    clip = speech(0)
+    same = degradations.flatten_pitch(clip, 0.0, NO_LOTS)
+    assert cm.pitch_contour(clip, same) > 0.95
+    assert cm.pitch_contour(clip, degradations.stretch(clip, 0.3, NO_LOTS)) > 0.9  # aligned in time
+    assert cm.pitch_contour(clip, degradations.flatten_pitch(clip, 1.0, NO_LOTS)) == 0.0
+    assert cm.pitch_contour(clip, degradations.misplace_pitch(clip, 1.0, NO_LOTS)) < -0.9
+
+
+def test_arousal_rises_with_excitement_and_not_with_the_speaker():
+    turns = []
+    for speaker, wave_of in (("a", speech), ("b", other_speaker)):
+        for i in range(3):
+            excited = degradations.excite(wave_of(i), float(i == 1), NO_LOTS)
+            turns.append((speaker, cm.prosody_of(excited, SENTENCES[i])))
+    found = cm.arousal(turns).reshape(2, 3)
+    assert (found.argmax(axis=1) == 1).all()
+    assert found.mean(axis=1) == pytest.approx([0, 0], abs=1e-9)  # b is higher as a person, not more aroused
+
+
+def test_arousal_of_one_turn_is_unknown():
+    assert np.isnan(cm.arousal([("a", prosody())])).all()
+
+
+def test_rank_correlation():
+    rising = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
+    assert cm.rank_correlation(rising, rising**3) == pytest.approx(1)
+    assert cm.rank_correlation(rising, -rising) == pytest.approx(-1)
+    assert cm.rank_correlation(rising, np.full(5, 2.0)) == 0
+    with pytest.raises(NotMeasurable, match="fewer than 4"):
+        cm.rank_correlation(rising[2:], rising[2:])
+
+
+def test_entrainment_counts_replies_to_others_only():
+    mirrored = [np.array([0.0, 0.0, 1.0, 1.0, 2.0, 2.0])] * 2
+    assert cm.entrainment(mirrored, [["a", "b", "a", "b", "a", "b"]] * 2) > 0.5
+    with pytest.raises(NotMeasurable, match="nobody replies"):
+        cm.entrainment(mirrored, [["a"] * 6] * 2)
+
+
+def test_prosody_distance_is_a_shift_in_human_units():
+    random = np.random.default_rng(0)
+    human = [("a", prosody(**dict.fromkeys(cm.DISTRIBUTED, x))) for x in random.normal(5, 2, 400)]
+    shifted = [(s, prosody(**{name: getattr(p, name) + 2 for name in cm.DISTRIBUTED})) for s, p in human]
+    assert cm.prosody_distance(human, human) == 0
+    # pitch is taken from the speaker's median, so four of the five features move, each by 1 standard deviation
+    assert cm.prosody_distance(shifted, human) == pytest.approx(4 / 5, rel=0.1)
+    with pytest.raises(NotMeasurable):
+        cm.prosody_distance(human, human[:2])
+
+
+def unit(*values: float) -> np.ndarray:
+    return np.array(values) / np.linalg.norm(values)
+
+
+def test_character_of_known_voices():
+    steady = cm.character(np.stack([unit(1, 0)] * 4))
+    assert (steady.run, steady.half, steady.drift) == pytest.approx((1, 1, 0))
+    leaving = cm.character(np.stack([unit(1, 0), unit(1, 0.2), unit(1, 0.6), unit(1, 1.5)]))
+    assert leaving.drift < -0.1 and leaving.half < 0.9
+    with pytest.raises(NotMeasurable):
+        cm.character(np.stack([unit(1, 0)]))
+
+
+def test_confusion_finds_the_exchanged_turn():
+    voices = np.stack([unit(1, 0), unit(0, 1), unit(1, 0.1), unit(0.1, 1), unit(0, 1), unit(0, 1)])
+    assert cm.confused(voices, ["a", "b", "a", "b", "a", "b"]).tolist() == [0, 0, 0, 0, 1, 0]
+    assert np.isnan(cm.confused(voices, ["a"] * 6)).all()  # nobody to be confused with
+
+
+def test_gaps_and_overlaps_of_known_times():
+    turns = [cm.Span("a", 0, 1), cm.Span("b", 1.2, 2), cm.Span("b", 2.1, 3), cm.Span("a", 2.8, 4), cm.Span("b", 5, 6)]
+    found = cm.gaps(turns)
+    assert found == pytest.approx([0.2, -0.2, 1.0])  # b goes on after 0.1 s: one turn
+    assert cm.gap(found) == pytest.approx(0.2)
+    assert cm.overlap(found) == pytest.approx(1 / 3)
+    for measure in (cm.gap, cm.overlap):
+        with pytest.raises(NotMeasurable):
+            measure([])
+
+
+def test_equal_gaps_differ_from_varied_ones_of_the_same_median():
+    varied = [0.0, 0.2, 0.4]
+    assert cm.wasserstein(varied, varied) == 0
+    assert cm.wasserstein([0.2] * 3, varied) == pytest.approx(0.4 / 3)

@@ -1,0 +1,169 @@
+"""The harness that judges metrics: it passes what is right, fails what is wrong, and goes on where it was stopped."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import turn_record, voice
+from spoken_clips import SENTENCES, other_speaker, speech
+
+import metric_validation as mv
+from audio import SAMPLE_RATE
+from turn_shards import Collection
+
+
+def conversation(n: int = 4, gap: float = 0.3) -> mv.Turns:
+    """Two characters in turn."""
+    turns: mv.Turns = []
+    for i in range(n):
+        samples = (speech if i % 2 == 0 else other_speaker)(i % len(SENTENCES))
+        start = turns[-1].end + gap * (1 + i % 2) if turns else 0.0
+        turns.append(mv.Turn("ab"[i % 2], SENTENCES[i % len(SENTENCES)], samples, start))
+    return turns
+
+
+def heard(turns: mv.Turns, original: mv.Turns) -> mv.Heard:
+    human = mv.Human({"other": [each for each in mv.prosody_of_turns(original) if each]}, {"other": [0.2, 0.4, 0.6]})
+    return mv.Heard("this", turns, original, human, mv.Ears("bundled"))
+
+
+def verdict(table, severities=(0.0, 1.0, 2.0, 3.0, 4.0), expected=mv.RISES, monkeypatch=None) -> mv.Verdict:
+    """A verdict on numbers: conversations x severities."""
+    given = mv.Degradation(title="", change=lambda t, s, r: t, severities=severities, expected={"rate": expected})
+    monkeypatch.setitem(mv.DEGRADATIONS, "made up", given)
+    records = [mv.Record(str(i), "made up", "rate", list(row), []) for i, row in enumerate(table)]
+    return mv.verdict_on("made up", "rate", expected, records, seed=0)
+
+
+def base(n=12):
+    return np.random.default_rng(0).normal(10, 2, (n, 1))
+
+
+def test_a_metric_that_follows_the_severity_passes(monkeypatch):
+    rising = base() + np.arange(5) + np.random.default_rng(1).normal(0, 0.3, (12, 5))
+    found = verdict(rising, monkeypatch=monkeypatch)
+    assert found.passed and found.low > 3 and found.effect > 5 and found.order == pytest.approx(1)
+    assert verdict(-rising, expected=mv.FALLS, monkeypatch=monkeypatch).passed
+
+
+def test_a_metric_that_does_not_tell_fails_with_the_reason(monkeypatch):
+    noise = base() + np.random.default_rng(1).normal(0, 0.3, (12, 5))
+    rising = base() + np.arange(5)
+    falling = verdict(-rising, monkeypatch=monkeypatch)
+    assert falling.passed is False and "wrong way" in falling.why
+    assert verdict(noise, monkeypatch=monkeypatch).passed is False
+    saw = base() + np.array([0.0, 6.0, 1.0, 5.0, 3.0]) + np.random.default_rng(2).normal(0, 0.2, (12, 5))
+    assert "order" in verdict(saw, monkeypatch=monkeypatch).why
+    one_of_many = base() + np.eye(12)[:, :1] * np.arange(5) * 3  # one conversation makes all of the change
+    assert verdict(one_of_many, monkeypatch=monkeypatch).passed is False
+
+
+def test_blindness_is_claimed_against_the_spread_between_conversations(monkeypatch):
+    assert verdict(base() + 0.05 * np.arange(5), expected=mv.BLIND, monkeypatch=monkeypatch).passed
+    moved = verdict(base() + np.arange(5), expected=mv.BLIND, monkeypatch=monkeypatch)
+    assert moved.passed is False and "standard deviations" in moved.why
+    ones = np.ones((12, 1)) - np.array([0, 0, 0, 0, 0.005])  # 1 by definition at severity 0
+    assert verdict(ones, expected=mv.BLIND, monkeypatch=monkeypatch).passed
+    assert verdict(ones - np.array([0, 0, 0, 0, 0.2]), expected=mv.BLIND, monkeypatch=monkeypatch).passed is False
+
+
+def test_what_cannot_be_measured_is_counted(monkeypatch):
+    given = mv.DEGRADATIONS["slower"]
+    monkeypatch.setitem(mv.DEGRADATIONS, "made up", dataclasses.replace(given, expected={"rate": mv.FALLS}))
+    records = [mv.Record(str(i), "made up", "rate", [None] * 5, ["too short"] * 5) for i in range(3)]
+    found = mv.verdict_on("made up", "rate", mv.FALLS, records, seed=0)
+    assert found.passed is None and found.excluded == {"too short": 3}
+    json.dumps(mv.plain_verdict(found), allow_nan=False)
+
+
+def test_every_expectation_has_a_measure_a_title_and_a_definition():
+    for degradation in mv.DEGRADATIONS.values():
+        assert degradation.severities[0] == 0
+        for metric in degradation.expected:
+            assert metric in mv.MEASURES and metric in mv.TITLES
+
+
+def test_degradations_of_conversations_change_only_what_they_name():
+    turns, lots = conversation(), np.random.default_rng(0)
+    for name in ("longer gaps", "talking over each other", "gaps all alike", "exchanged speakers", "shuffled emotion"):
+        degradation = mv.DEGRADATIONS[name]
+        assert degradation.change(turns, 0.0, lots) == turns
+        for severity in degradation.severities[1:]:
+            changed = degradation.change(turns, severity, lots)
+            assert sum(len(turn.samples) for turn in changed) == sum(len(turn.samples) for turn in turns)
+    later = mv.gaps_longer(turns, 0.5, lots)
+    assert heard(later, turns).gaps == pytest.approx([gap + 0.5 for gap in heard(turns, turns).gaps])
+    alike = heard(mv.gaps_alike(turns, 1.0, lots), turns).gaps
+    assert np.ptp(alike) < 1e-6 and np.median(alike) == pytest.approx(np.median(heard(turns, turns).gaps))
+
+
+def test_exchanged_and_leaving_voices_are_noticed():
+    turns = conversation()
+    swapped = [dataclasses.replace(turns[3], speaker="a"), dataclasses.replace(turns[2], speaker="b")]
+    assert heard(turns, turns).confusion() == 0
+    assert heard([*turns[:2], *swapped[::-1]], turns).confusion() > 0.4
+    left = mv.voice_leaves(turns, 1.0, np.random.default_rng(0))
+    run = mv.MEASURES["character_run"]
+    assert run(heard(left, turns)) < run(heard(turns, turns)) - 0.1
+
+
+def test_emotional_coherence_falls_when_ways_of_speaking_change_places():
+    lots, turns = np.random.default_rng(0), []
+    for i in range(6):  # one speaker, every second turn excited
+        excited = mv.degradations.excite(speech(i % 4), 2.0 * (i % 2), lots)
+        turns.append(mv.Turn("a", SENTENCES[i % 4], excited, 5.0 * i))
+    assert heard(turns, turns).coherence() == pytest.approx(1)
+    moved = [
+        dataclasses.replace(t, text=o.text, samples=o.samples)
+        for t, o in zip(turns, [*turns[1:], turns[0]], strict=True)
+    ]
+    assert heard(moved, turns).coherence() < 0
+    higher = mv.each_turn(mv.degradations.shift_pitch)(turns, 3.0, lots)
+    assert heard(higher, turns).coherence() > 0.7
+
+
+def collected(folder, n=40):
+    collection = Collection(folder)
+    turns = []
+    for c in range(n):
+        for i in range(4):
+            samples = voice(0.6 + 0.1 * (i % 3), 110 + 60 * (i % 2) + c)
+            start = 1.5 * i
+            times = {"start_s": start, "end_s": start + len(samples) / 16_000}
+            turns.append(turn_record(f"talk{c:02d}", i, "ab"[i % 2], f"turn {i} of talk {c}", samples, **times))
+    collection.commit("test", "1", [f"talk{c:02d}" for c in range(n)], turns, [])
+    return folder
+
+
+def test_conversations_are_held_out_and_too_few_are_refused(tmp_path):
+    found = mv.conversations_of(collected(tmp_path / "data"), 16, seed=0)
+    assert len(found) == 4 and all(len(turns) == 4 for turns in found.values())
+    assert found.keys() == mv.conversations_of(tmp_path / "data", 16, seed=0).keys()
+    assert [turn.start for turn in next(iter(found.values()))] == [0, 1.5, 3.0, 4.5]
+    with pytest.raises(ValueError, match="4 are needed"):
+        mv.conversations_of(tmp_path / "data", 4, seed=0)
+
+
+def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monkeypatch):
+    """Only what is missing is measured again; a line that a kill cut off is one of these."""
+    few = ("longer gaps", "gaps all alike")
+    monkeypatch.setattr(mv, "DEGRADATIONS", {name: mv.DEGRADATIONS[name] for name in few})
+    conversations = {str(i): conversation(gap=0.1 * (i + 1)) for i in range(2)}
+    args = (conversations, ["pause_share"], "bundled", 0, 1, tmp_path)
+    whole = mv.measure_all(*args)
+    (path,) = tmp_path.glob(f"*{mv.RECORDS}")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    again = mv.measure_all(*args)
+    key = lambda r: (r.conversation, r.degradation, r.metric)  # noqa: E731
+    assert sorted(map(repr, whole)) == sorted(map(repr, again))
+    assert len({key(record) for record in again}) == len(again) == len(whole)
+    values = {key(record): record.values for record in whole}
+    assert values["0", "longer gaps", "gap"] == pytest.approx([0.2, 0.45, 0.7, 1.2, 2.2])
+    assert {record.metric for record in whole} == {"gap", "gap_distance", "overlap"}
+
+
+def test_unit_of_the_times():
+    turn = mv.Turn("a", "x", np.zeros(SAMPLE_RATE, np.float32), 1.0)
+    assert turn.end == 2.0
