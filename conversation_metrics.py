@@ -134,14 +134,6 @@ CONVERSATION_METRICS = {
         reference="1 as the human speaker, 0 unrelated to the context",
         source="acoustic arousal, e.g. Juslin and Laukka 2003, Psychological Bulletin 129(5)",
     ),
-    "entrainment": Metric(
-        title="Arousal entrainment",
-        unit="rank correlation",
-        better="as in human speech",
-        definition="Spearman correlation between the arousal of a turn and that of the turn before by somebody else.",
-        reference="real conversations; 0 when the replies ignore the arousal of what they reply to",
-        source="as emotional coherence",
-    ),
     "gap": Metric(
         title="Gap between turns",
         unit="s",
@@ -197,7 +189,10 @@ def pitch_track(samples: np.ndarray) -> np.ndarray:
     """(N,) -> (T,) F0 in semitones from 100 Hz every 10 ms, nan where unvoiced.
 
     In two passes: what is found in the wide range first says where the second one looks (De Looze and Hirst 2008).
+    NotMeasurable: shorter than 0.3 s.
     """
+    if len(samples) < SHORTEST_SECONDS * SAMPLE_RATE:
+        raise NotMeasurable(f"shorter than {SHORTEST_SECONDS} s for prosody")
     floor, ceil = PITCH_RANGE
     first = track_f0(samples, SAMPLE_RATE, floor, ceil)
     if (voiced := first[first > 0]).size >= FEWEST_VOICED:
@@ -212,16 +207,14 @@ def prosody_of(samples: np.ndarray, text: str) -> Prosody:
     """(N,) of a text. NotMeasurable: silent, shorter than 0.3 s, hardly any voice, or a text without letters."""
     require_speech(samples)
     letters = sum(character.isalnum() for character in text)
-    if len(samples) < SHORTEST_SECONDS * SAMPLE_RATE:
-        raise NotMeasurable(f"shorter than {SHORTEST_SECONDS} s for prosody")
     if not letters:
         raise NotMeasurable("the text has no letters to speak at a rate")
+    pitch = pitch_track(samples)
     level = levels(samples)
     active = level > level.max() - ACTIVE_DB
     first, last = np.flatnonzero(active)[[0, -1]]
     pauses = sum(n for n in silences(active[first : last + 1]) if n * HOP_SECONDS >= SHORTEST_PAUSE)
     span = last + 1 - first
-    pitch = pitch_track(samples)
     voiced = pitch[np.isfinite(pitch)]
     if voiced.size < FEWEST_VOICED:
         raise NotMeasurable("hardly any voiced speech for prosody")
@@ -255,12 +248,10 @@ def pitch_contour(reference: np.ndarray, samples: np.ndarray) -> float:
 
     waves = [require_speech(wave) for wave in (reference, samples)]
     settings = {"sr": SAMPLE_RATE, "n_fft": 1024, "hop_length": int(2 * HOP_SECONDS * SAMPLE_RATE)}
+    tracks = [pitch_track(wave)[::2] for wave in waves]
     mels = [librosa.feature.melspectrogram(y=wave, n_mels=ALIGNED_BANDS, **settings) for wave in waves]
     logs = [librosa.power_to_db(mel, ref=np.max, top_db=50) for mel in mels]
-    if min(log.shape[1] for log in logs) < 2:
-        raise NotMeasurable(f"shorter than {SHORTEST_SECONDS} s for prosody")
     _, path = librosa.sequence.dtw(*logs)  # (steps, 2) frames of 20 ms
-    tracks = [pitch_track(wave)[::2] for wave in waves]
     steps = path[(path[:, 0] < len(tracks[0])) & (path[:, 1] < len(tracks[1]))]
     ours, theirs = tracks[0][steps[:, 0]], tracks[1][steps[:, 1]]
     both = np.isfinite(ours) & np.isfinite(theirs)
@@ -336,19 +327,6 @@ def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
     if np.ptp(ours) < 1e-9 or np.ptp(theirs) < 1e-9:
         return 0.0
     return float(spearmanr(ours, theirs).statistic)
-
-
-def entrainment(heard: Sequence[np.ndarray], speakers: Sequence[Sequence[str]]) -> float:
-    """Arousal (n,) and speakers of the turns of every conversation -> CONVERSATION_METRICS["entrainment"]."""
-    pairs = [
-        (before, after)
-        for values, names in zip(heard, speakers, strict=True)
-        for (before, one), (after, other) in itertools.pairwise(zip(values, names, strict=True))
-        if one != other
-    ]
-    if not pairs:
-        raise NotMeasurable("nobody replies to anybody")
-    return rank_correlation(*np.array(pairs).T)
 
 
 # ---- character -------------------------------------------------------------------------------------------------------

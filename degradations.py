@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from audio import SAMPLE_RATE
-from conversation_metrics import HOP_SECONDS, SHORTEST_PAUSE, levels
+from conversation_metrics import HOP_SECONDS, SHORTEST_PAUSE, SHORTEST_SECONDS, levels
 from synthetic_voices import FRAME_S, track_f0
 
 Degrade = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
@@ -29,6 +29,8 @@ def with_world(
     """(N,) -> (N / tempo,): `change` maps the F0 (T,) of voiced frames in octaves; formants move by a factor."""
     import pyworld
 
+    if len(samples) < SHORTEST_SECONDS * SAMPLE_RATE:  # too short to analyse
+        return samples
     x = np.ascontiguousarray(samples, dtype=np.float64)
     f0 = track_f0(x, SAMPLE_RATE, 60.0, 500.0)
     times = np.arange(len(f0)) * FRAME_S

@@ -47,6 +47,7 @@ from evaluation_report import (
     write_report,
 )
 from generation import Reply, Sampling, check_tokenizer
+from heard_conversations import packages_missing
 from inference_model import InferenceModel
 from metric_validation import (
     conversations_of,
@@ -55,7 +56,6 @@ from metric_validation import (
     measure_all,
     plain_verdict,
     print_verdicts,
-    validation_needs,
 )
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import load_tokenizer
@@ -70,6 +70,19 @@ from speech_metrics import (
     count_errors,
 )
 from spoken_validation import Tools, hear_codes, mean_cosine, speak_after, spread, time_reply
+from system_comparison import (
+    KEY,
+    differences,
+    figures_of,
+    measure_systems,
+    preferences,
+    print_comparison,
+    print_preferences,
+    read_system,
+    warnings_of,
+    write_comparison,
+    write_listening_page,
+)
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import batch_losses
@@ -377,6 +390,13 @@ def compare_replies(
 # ---- script ----------------------------------------------------------------------------------------------------------
 
 
+def named_folder(text: str) -> tuple[str, Path]:
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=PATH, for example human=recordings")
+    return name, Path(path)
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0], epilog=EXIT_CODES_HELP)
@@ -422,7 +442,19 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="show instead that each metric tells good from bad: degrades --max_clips turns of held-out conversations "
         "in known ways; a table, and a picture in --out. Exit code 3 if a metric fails",
     )
-    workers_help = "processes of --validate (default: number of cores)"
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        type=named_folder,
+        metavar="NAME=PATH",
+        help="compare instead what systems said in the same conversations; a PATH is a manifest or a folder as for "
+        "collect_data.py --input, the first one is the reference, best human; comparison.html in --out",
+    )
+    listen_help = "with two --systems: also a page to compare so many turns by ear, blind; listening.html in --out"
+    parser.add_argument("--listening", type=int, default=0, metavar="N", help=listen_help)
+    answers_help = "count what listeners saved from that page, with the listening_key.json in --out"
+    parser.add_argument("--answers", nargs="+", type=Path, metavar="FILE", help=answers_help)
+    workers_help = "processes of --validate and --systems (default: number of cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
     return parser.parse_args(argv)
@@ -472,7 +504,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
 
 def validate(args: argparse.Namespace, settings: Settings) -> int:
     """Whether the metrics tell good from bad, on real held-out conversations of --data; the exit code."""
-    missing = validation_needs()
+    missing = packages_missing()
     chosen = conversations_of(args.data, settings.max_clips, settings.seed)
     records = measure_all(chosen, missing, settings.asr, settings.seed, args.workers, args.out)
     verdicts = judge(records, settings.seed)
@@ -493,6 +525,40 @@ def validate(args: argparse.Namespace, settings: Settings) -> int:
     write_atomically(args.out / "validation.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     print(json.dumps(result, allow_nan=False) if args.json else f"picture: {args.out / 'validation.png'}")
     return EXIT_PARTIAL if any(verdict.passed is False for verdict in verdicts) else EXIT_DONE
+
+
+def compare(args: argparse.Namespace, settings: Settings) -> int:
+    """Systems side by side; exit code 3 where some of what they said could not be read."""
+    if len({name for name, _ in args.systems}) < len(args.systems):
+        raise ValueError("--systems: two of them have one name")
+    if args.listening and len(args.systems) != 2:
+        raise ValueError(f"--listening compares two systems, --systems names {len(args.systems)}")
+    missing = packages_missing()
+    systems = [read_system(name, path) for name, path in args.systems]
+    measured = measure_systems(systems, missing, settings.asr, args.workers, args.out)
+    figures, found = figures_of(measured, settings.seed), differences(measured, settings.seed)
+    report = {
+        "format": FORMAT,
+        "environment": describe_environment(),
+        "settings": dataclasses.asdict(settings),
+        "systems": [name for name, _ in args.systems],
+        "missing": missing,
+        "warnings": [f"{m} was not measured: {reason}." for m, reason in missing.items()] + warnings_of(systems, found),
+        "figures": plain(figures),
+        "differences": [dataclasses.asdict(each) for each in found],
+        "measured": measured,
+        "note": "Means over conversations, in brackets 95 % bootstrap intervals over them; then the difference to "
+        f"{args.systems[0][0]} over shared conversations and p of the sign-flip test, corrected by Holm.",
+    }
+    write_comparison(args.out, systems, report, figures, found)
+    print_comparison(report, figures, found)
+    if args.listening:
+        n = write_listening_page(args.out, *systems, args.listening, settings.seed)
+        print(f"{n} pairs to compare by ear: {args.out / 'listening.html'}")
+    print(f"comparison: {args.out / 'comparison.html'}, comparison.md and comparison.json")
+    if args.json:
+        print(json.dumps(report, allow_nan=False))
+    return EXIT_PARTIAL if any(system.refused for system in systems) else EXIT_DONE
 
 
 def held_out(data: Path, model: CSM, tokenizer: AudioTokenizer) -> ConversationDataset:
@@ -521,6 +587,13 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_DONE
         if args.validate:
             return validate(args, settings)
+        if args.answers:
+            found = preferences(args.out / KEY, args.answers, settings.seed)
+            print_preferences(found)
+            print(json.dumps(found, allow_nan=False) if args.json else "", end="\n" if args.json else "")
+            return EXIT_DONE
+        if args.systems:
+            return compare(args, settings)
         report = measure(args, settings)
         write_report(args.out, report)
         drop_old_audio(args.out, report)

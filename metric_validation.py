@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -29,44 +28,32 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import conversation_metrics as cm
 import degradations
-from audio import SAMPLE_RATE, resample
-from command_line import MissingRequirement
-from conversations import Conversation, build_conversations, loudness_gains, read_clips
+from conversation_metrics import FEWEST_TURNS
+from conversations import build_conversations, loudness_gains, read_clips
 from evaluation_report import save_plot
-from speech_filters import RATE as DNSMOS_RATE
-from speech_filters import dnsmos
-from speech_metrics import METRICS, NotMeasurable, Recognizer, SpeakerEncoder, count_errors
-from spoken_validation import NEEDS
+from heard_conversations import (
+    MEASURES,
+    METRICS_OF_CONVERSATIONS,
+    Ears,
+    Heard,
+    Human,
+    Turns,
+    hash_of,
+    prosody_of_turns,
+    turns_of,
+)
+from speech_metrics import NotMeasurable
 from turn_shards import read_turns
 
 LEAST_EFFECT = 0.8  # standard deviations of the paired change (large: Cohen 1988)
 LEAST_ORDER = 0.9  # Spearman of severity and mean
 MOST_BLIND = 0.3  # standard deviations between conversations
 RESAMPLES = 2000
-EVERYTHING = "python setup_environment.py --extras data eval filters"
 RECORDS = "validation.jsonl"
 MOST_TURNS = 8  # of a conversation
 FEWEST = 4  # conversations, for a verdict
 RISES, FALLS, BLIND = 1, -1, 0
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A turn as it is heard."""
-
-    speaker: str
-    text: str
-    samples: np.ndarray  # (N,) at 24 kHz
-    start: float  # s
-
-    @property
-    def end(self) -> float:
-        return self.start + len(self.samples) / SAMPLE_RATE
-
-
-Turns = list[Turn]
 
 
 # ---- degradations of conversations -----------------------------------------------------------------------------------
@@ -261,141 +248,6 @@ DEGRADATIONS = {
 }  # fmt: skip
 
 
-# ---- metrics of conversations ----------------------------------------------------------------------------------------
-
-
-class Ears:
-    """The models that listen, loaded at the first use."""
-
-    def __init__(self, asr: str):
-        self.asr = asr
-
-    @functools.cached_property
-    def recognizer(self) -> Recognizer:
-        return Recognizer(self.asr)
-
-    @functools.cached_property
-    def encoder(self) -> SpeakerEncoder:
-        return SpeakerEncoder()
-
-    def embeddings(self, turns: Turns) -> tuple[np.ndarray, list[str]]:
-        """(n, D) of the turns long enough, and their speakers."""
-        found = [
-            (each, turn.speaker) for turn in turns if (each := _or_none(self.encoder.embed, turn.samples)) is not None
-        ]
-        if not found:
-            raise NotMeasurable("no turn is long enough for the speaker encoder")
-        vectors, names = zip(*found, strict=True)
-        return np.stack(vectors), list(names)
-
-
-def _or_none(measure: Callable, *given: object) -> object | None:
-    try:
-        return measure(*given)
-    except NotMeasurable:
-        return None
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        raise NotMeasurable("no turn of the conversation can be measured")
-    return float(np.mean(known))
-
-
-@dataclass(frozen=True)
-class Human:
-    """What degraded conversations are compared with: all others of the collection, as they are."""
-
-    prosody: dict[str, list[tuple[str, cm.Prosody]]]  # conversation -> speaker and prosody of its turns
-    gaps: dict[str, list[float]]
-
-    def prosody_but(self, name: str) -> list[tuple[str, cm.Prosody]]:
-        return [turn for other, turns in self.prosody.items() if other != name for turn in turns]
-
-    def gaps_but(self, name: str) -> list[float]:
-        return [gap for other, gaps in self.gaps.items() if other != name for gap in gaps]
-
-
-class Heard:
-    """A degraded conversation beside the one it was made from."""
-
-    def __init__(self, name: str, turns: Turns, original: Turns, human: Human, ears: Ears):
-        self.name, self.turns, self.original, self.human, self.ears = name, turns, original, human, ears
-
-    @functools.cached_property
-    def prosody(self) -> list[tuple[str, cm.Prosody] | None]:
-        return prosody_of_turns(self.turns)
-
-    @functools.cached_property
-    def gaps(self) -> list[float]:
-        return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
-
-    @functools.cached_property
-    def characters(self) -> list[cm.Character]:
-        vectors, names = self.ears.embeddings(self.turns)
-        own = (vectors[[name == each for each in names]] for name in sorted(set(names)))
-        return [found for turns in own if (found := _or_none(cm.character, turns)) is not None]
-
-    def mean_prosody(self, name: str) -> float:
-        return _mean(getattr(turn[1], name) for turn in self.prosody if turn)
-
-    def per_turn(self, measure: Callable[[Turn, Turn], float]) -> float:
-        """Mean over the turns of a measure of a turn and the one it was made from."""
-        return _mean(_or_none(measure, *pair) for pair in zip(self.turns, self.original, strict=True))
-
-    def coherence(self) -> float:
-        pairs = zip(self.prosody, prosody_of_turns(self.original), strict=True)
-        whole = [pair for pair in pairs if pair[0] and pair[1]]
-        heard, real = zip(*whole, strict=True) if whole else ((), ())
-        return cm.rank_correlation(cm.arousal(heard), cm.arousal(real))
-
-    def errors(self) -> float:
-        """Word error rate of all turns together."""
-        counts = [
-            count_errors(turn.text, self.ears.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
-            for turn in self.turns
-        ]
-        return sum(each.wrong for each in counts) / sum(each.words for each in counts)
-
-    def confusion(self) -> float:
-        return _mean(cm.confused(*self.ears.embeddings(self.turns)).tolist())
-
-    def similarity(self) -> float:
-        """Of the turns to those they were made from."""
-        return self.per_turn(
-            lambda now, real: float(self.ears.encoder.embed(now.samples) @ self.ears.encoder.embed(real.samples))
-        )
-
-
-def prosody_of_turns(turns: Turns) -> list[tuple[str, cm.Prosody] | None]:
-    """Speaker and prosody of every turn that can be measured, else None."""
-    found = (_or_none(cm.prosody_of, turn.samples, turn.text) for turn in turns)
-    return [(turn.speaker, each) if each else None for turn, each in zip(turns, found, strict=True)]
-
-
-MEASURES: dict[str, Callable[[Heard], float]] = {
-    **{name: functools.partial(lambda heard, name: heard.mean_prosody(name), name=name) for name in cm.DISTRIBUTED},
-    "pitch_contour": lambda heard: heard.per_turn(lambda now, real: cm.pitch_contour(real.samples, now.samples)),
-    "prosody_distance": lambda heard: cm.prosody_distance(
-        [turn for turn in heard.prosody if turn], heard.human.prosody_but(heard.name)
-    ),
-    "emotional_coherence": Heard.coherence,
-    "character_run": lambda heard: _mean(each.run for each in heard.characters),
-    "character_half": lambda heard: _mean(each.half for each in heard.characters),
-    "character_drift": lambda heard: _mean(each.drift for each in heard.characters),
-    "confusion": Heard.confusion,
-    "speaker_similarity": Heard.similarity,
-    "gap": lambda heard: cm.gap(heard.gaps),
-    "overlap": lambda heard: cm.overlap(heard.gaps),
-    "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
-    "wer": Heard.errors,
-    "dnsmos": lambda heard: _mean(
-        dnsmos(resample(turn.samples, SAMPLE_RATE, DNSMOS_RATE)) for turn in heard.turns if len(turn.samples)
-    ),
-}
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -432,49 +284,21 @@ def measure_one(
     return [Record(name, which, metric, found[metric], reasons[metric]) for metric in metrics]
 
 
-def turns_of(conversation: Conversation, audio: dict[str, np.ndarray]) -> Turns:
-    """The first `MOST_TURNS` turns as they were spoken; 0.25 s apart where the collection has no times."""
-    turns: Turns = []
-    for record in conversation.turns[:MOST_TURNS]:
-        begin = turns[-1].end + 0.25 if turns else 0.0
-        start = begin if record.start_s is None else record.start_s
-        turns.append(Turn(record.speaker_id, record.text, audio[record.utt_id], start))
-    return turns
-
-
 def conversations_of(data: Path, most_turns: int, seed: int) -> dict[str, Turns]:
     """Held-out conversations of several speakers with about `most_turns` turns in all. ValueError: fewer than 4."""
     rows = build_conversations(read_turns(data, with_audio=False), pseudo=False)
-    able = [c for c in rows if c.split != "train" and c.structure == "dialogue" and len(c.turns) >= cm.FEWEST_TURNS]
+    able = [c for c in rows if c.split != "train" and c.structure == "dialogue" and len(c.turns) >= FEWEST_TURNS]
     random.Random(seed).shuffle(able)
     before = np.cumsum([0] + [min(len(c.turns), MOST_TURNS) for c in able])
     chosen = [c for c, turns in zip(able, before, strict=False) if turns < most_turns]
     if len(chosen) < FEWEST:
         raise ValueError(
-            f"{data} holds {len(chosen)} held-out conversations of {cm.FEWEST_TURNS} turns or more between several "
+            f"{data} holds {len(chosen)} held-out conversations of {FEWEST_TURNS} turns or more between several "
             f"speakers, {FEWEST} are needed; collect more, e.g. --sources synthetic, or raise --max_clips"
         )
     gains = loudness_gains(turn for c in chosen for turn in c.turns)
     audio = {turn.utt_id: samples for turn, samples in read_clips(data, gains)}
-    return {c.conv_id: turns_of(c, audio) for c in chosen}
-
-
-def validation_needs() -> dict[str, str]:
-    """metric -> what to install for it. MissingRequirement: what all of it needs is not there."""
-    import importlib.util
-
-    if absent := [
-        name for name in ("parselmouth", "pyworld", "librosa", "scipy") if not importlib.util.find_spec(name)
-    ]:
-        raise MissingRequirement(f"{', '.join(absent)} not installed: {EVERYTHING}")
-    missing = {}
-    for metric, packages in {**NEEDS, "dnsmos": ("speechmos",)}.items():
-        if absent := [name for name in packages if not importlib.util.find_spec(name)]:
-            missing[metric] = f"{', '.join(absent)} not installed: {EVERYTHING}"
-    if "speaker_similarity" in missing:
-        of_voice = ("character_run", "character_half", "character_drift", "confusion")
-        missing |= dict.fromkeys(of_voice, missing["speaker_similarity"])
-    return {metric: reason for metric, reason in missing.items() if metric in MEASURES}
+    return {c.conv_id: turns_of(c, audio, MOST_TURNS) for c in chosen}
 
 
 def wanted(missing: Iterable[str]) -> dict[str, list[str]]:
@@ -530,13 +354,6 @@ def measure_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return done
-
-
-def hash_of(turns: Turns) -> str:
-    digest = hashlib.sha256()
-    for turn in turns:
-        digest.update(f"{turn.speaker} {turn.text} {turn.start}".encode() + turn.samples.tobytes())
-    return digest.hexdigest()
 
 
 def read_records(path: Path) -> list[Record]:
@@ -638,20 +455,12 @@ def plain_verdict(verdict: Verdict) -> dict:
 WORDS = {RISES: "rises", FALLS: "falls", BLIND: "does not care"}
 
 
-def title_of(metric: str) -> str:
-    return TITLES.get(metric) or metric
-
-
-TITLES = {name: metric.title for name, metric in {**METRICS, **cm.CONVERSATION_METRICS}.items()}
-TITLES["dnsmos"] = "DNSMOS, overall"
-
-
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     print(f"{'degradation':34}{'metric':40}{'must':15}{'from':>9}{'to':>9}{'effect':>8}{'order':>7}{'n':>4}  verdict")
     for v in verdicts:
         ends = f"{v.means[0]:9.3f}{v.means[-1]:9.3f}" if v.means else " " * 18
         said = "passed" if v.passed else "not measured: " + v.why if v.passed is None else "FAILED: " + v.why
-        row = f"{v.degradation:34}{title_of(v.metric):40}{WORDS[v.expected]:15}{ends}"
+        row = f"{v.degradation:34}{METRICS_OF_CONVERSATIONS[v.metric].title:40}{WORDS[v.expected]:15}{ends}"
         print(f"{row}{v.effect if v.expected else v.drift:8.2f}{v.order:7.2f}{v.conversations:4}  {said}")
     counts = Counter(v.passed for v in verdicts)
     print(f"{counts[True]} of {len(verdicts)} expectations hold, {counts[False]} fail, {counts[None]} not measured")
@@ -673,7 +482,9 @@ def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
         y, x = rows.index(v.degradation), metrics.index(v.metric)
         mark = {RISES: "+", FALLS: "-", BLIND: "0"}[v.expected] + {True: "", False: "!", None: "?"}[v.passed]
         axis.text(x, y, mark, ha="center", va="center", fontweight="normal" if v.passed else "bold")
-    axis.set_xticks(range(len(metrics)), [title_of(metric) for metric in metrics], rotation=60, ha="right")
+    axis.set_xticks(
+        range(len(metrics)), [METRICS_OF_CONVERSATIONS[metric].title for metric in metrics], rotation=60, ha="right"
+    )
     axis.set_yticks(range(len(rows)), rows)
     axis.set_title("expected: + rises, - falls, 0 does not care; ! otherwise")
     figure.colorbar(picture, label="change, standard deviations (cut at 4)")

@@ -365,14 +365,19 @@ def can_be_read(text: str) -> bool:
 
 def local_source(given: Path, seed: int, done: set[str]) -> Source:
     """Units of a folder or manifest in an order drawn from `seed`. ValueError, FileNotFoundError: not usable at all."""
+    units = units_of("local", grouped_by_voice(read_recordings(given)), seed, done)
+    return Source("local", "1", iter(units), endless=False)
+
+
+def read_recordings(given: Path) -> list[Recording]:
+    """What a manifest, a folder with one, or a folder of audio and text files names. ValueError, FileNotFoundError."""
     if not given.exists():
-        raise FileNotFoundError(f"--input {given} does not exist")
+        raise FileNotFoundError(f"{given} does not exist")
     manifests = [given] if given.is_file() else [given / name for name in MANIFESTS if (given / name).is_file()]
     rows = read_manifest(manifests[0]) if manifests else read_folder(given)
     if not any(row.audio.is_file() for row in rows):
-        raise ValueError(f"none of the {len(rows)} audio files named in {manifests[0]} exist, e.g. {rows[0].audio}")
-    units = units_of("local", grouped_by_voice(rows), seed, done)
-    return Source("local", "1", iter(units), endless=False)
+        raise ValueError(f"none of the {len(rows)} audio files named in {given} exist, e.g. {rows[0].audio}")
+    return rows
 
 
 def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:

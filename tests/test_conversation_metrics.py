@@ -92,13 +92,6 @@ def test_rank_correlation():
         cm.rank_correlation(rising[2:], rising[2:])
 
 
-def test_entrainment_counts_replies_to_others_only():
-    mirrored = [np.array([0.0, 0.0, 1.0, 1.0, 2.0, 2.0])] * 2
-    assert cm.entrainment(mirrored, [["a", "b", "a", "b", "a", "b"]] * 2) > 0.5
-    with pytest.raises(NotMeasurable, match="nobody replies"):
-        cm.entrainment(mirrored, [["a"] * 6] * 2)
-
-
 def test_prosody_distance_is_a_shift_in_human_units():
     random = np.random.default_rng(0)
     human = [("a", prosody(**dict.fromkeys(cm.DISTRIBUTED, x))) for x in random.normal(5, 2, 400)]

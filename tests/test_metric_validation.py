@@ -8,24 +8,25 @@ import pytest
 from conftest import turn_record, voice
 from spoken_clips import SENTENCES, other_speaker, speech
 
+import heard_conversations as hc
 import metric_validation as mv
 from audio import SAMPLE_RATE
 from turn_shards import Collection
 
 
-def conversation(n: int = 4, gap: float = 0.3) -> mv.Turns:
+def conversation(n: int = 4, gap: float = 0.3) -> hc.Turns:
     """Two characters in turn."""
-    turns: mv.Turns = []
+    turns: hc.Turns = []
     for i in range(n):
         samples = (speech if i % 2 == 0 else other_speaker)(i % len(SENTENCES))
         start = turns[-1].end + gap * (1 + i % 2) if turns else 0.0
-        turns.append(mv.Turn("ab"[i % 2], SENTENCES[i % len(SENTENCES)], samples, start))
+        turns.append(hc.Turn("ab"[i % 2], SENTENCES[i % len(SENTENCES)], samples, start))
     return turns
 
 
-def heard(turns: mv.Turns, original: mv.Turns) -> mv.Heard:
-    human = mv.Human({"other": [each for each in mv.prosody_of_turns(original) if each]}, {"other": [0.2, 0.4, 0.6]})
-    return mv.Heard("this", turns, original, human, mv.Ears("bundled"))
+def heard(turns: hc.Turns, original: hc.Turns) -> hc.Heard:
+    human = hc.Human({"other": [each for each in hc.prosody_of_turns(original) if each]}, {"other": [0.2, 0.4, 0.6]})
+    return hc.Heard("this", turns, original, human, hc.Ears("bundled"))
 
 
 def verdict(table, severities=(0.0, 1.0, 2.0, 3.0, 4.0), expected=mv.RISES, monkeypatch=None) -> mv.Verdict:
@@ -81,7 +82,7 @@ def test_every_expectation_has_a_measure_a_title_and_a_definition():
     for degradation in mv.DEGRADATIONS.values():
         assert degradation.severities[0] == 0
         for metric in degradation.expected:
-            assert metric in mv.MEASURES and metric in mv.TITLES
+            assert metric in hc.MEASURES and metric in hc.METRICS_OF_CONVERSATIONS
 
 
 def test_degradations_of_conversations_change_only_what_they_name():
@@ -104,7 +105,7 @@ def test_exchanged_and_leaving_voices_are_noticed():
     assert heard(turns, turns).confusion() == 0
     assert heard([*turns[:2], *swapped[::-1]], turns).confusion() > 0.4
     left = mv.voice_leaves(turns, 1.0, np.random.default_rng(0))
-    run = mv.MEASURES["character_run"]
+    run = hc.MEASURES["character_run"]
     assert run(heard(left, turns)) < run(heard(turns, turns)) - 0.1
 
 
@@ -112,7 +113,7 @@ def test_emotional_coherence_falls_when_ways_of_speaking_change_places():
     lots, turns = np.random.default_rng(0), []
     for i in range(6):  # one speaker, every second turn excited
         excited = mv.degradations.excite(speech(i % 4), 2.0 * (i % 2), lots)
-        turns.append(mv.Turn("a", SENTENCES[i % 4], excited, 5.0 * i))
+        turns.append(hc.Turn("a", SENTENCES[i % 4], excited, 5.0 * i))
     assert heard(turns, turns).coherence() == pytest.approx(1)
     moved = [
         dataclasses.replace(t, text=o.text, samples=o.samples)
@@ -165,5 +166,5 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
 
 
 def test_unit_of_the_times():
-    turn = mv.Turn("a", "x", np.zeros(SAMPLE_RATE, np.float32), 1.0)
+    turn = hc.Turn("a", "x", np.zeros(SAMPLE_RATE, np.float32), 1.0)
     assert turn.end == 2.0

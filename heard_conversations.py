@@ -1,0 +1,232 @@
+"""Conversations as they are heard, and every metric as a function of one conversation.
+
+`Heard` holds the turns of one conversation beside those they are compared with: the real ones in the same places.
+`MEASURES` is the table of metrics that `metric_validation.py` proves and `system_comparison.py` applies.
+What cannot be measured raises `NotMeasurable`. Knows nothing of models, tokenizers or reports.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+import conversation_metrics as cm
+from audio import SAMPLE_RATE, resample
+from command_line import MissingRequirement
+from conversations import Conversation
+from speech_filters import RATE as DNSMOS_RATE
+from speech_filters import dnsmos
+from speech_metrics import METRICS, Metric, NotMeasurable, Recognizer, SpeakerEncoder, count_errors
+from spoken_validation import NEEDS
+
+PACKAGES = "python setup_environment.py --extras data eval filters"
+ASSUMED_GAP = 0.25  # s between turns where nothing says when they begin
+OF_VOICES = ("speaker_similarity", "character_run", "character_half", "character_drift", "confusion")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn as it is heard."""
+
+    speaker: str
+    text: str
+    samples: np.ndarray  # (N,) at 24 kHz
+    start: float  # s
+
+    @property
+    def end(self) -> float:
+        return self.start + len(self.samples) / SAMPLE_RATE
+
+
+Turns = list[Turn]
+
+
+def turns_of(conversation: Conversation, audio: dict[str, np.ndarray], most: int | None = None) -> Turns:
+    """The first `most` turns as they were spoken; 0.25 s apart where the collection has no times."""
+    turns: Turns = []
+    for record in conversation.turns[:most]:
+        start = next_start(turns) if record.start_s is None else record.start_s
+        turns.append(Turn(record.speaker_id, record.text, audio[record.utt_id], start))
+    return turns
+
+
+def next_start(turns: Turns) -> float:
+    """Where the next turn begins if nothing says so."""
+    return turns[-1].end + ASSUMED_GAP if turns else 0.0
+
+
+def hash_of(turns: Turns) -> str:
+    digest = hashlib.sha256()
+    for turn in turns:
+        digest.update(f"{turn.speaker} {turn.text} {turn.start}".encode() + turn.samples.tobytes())
+    return digest.hexdigest()
+
+
+# ---- metrics of conversations ----------------------------------------------------------------------------------------
+
+
+class Ears:
+    """The models that listen, loaded at the first use."""
+
+    def __init__(self, asr: str):
+        self.asr = asr
+
+    @functools.cached_property
+    def recognizer(self) -> Recognizer:
+        return Recognizer(self.asr)
+
+    @functools.cached_property
+    def encoder(self) -> SpeakerEncoder:
+        return SpeakerEncoder()
+
+    def embeddings(self, turns: Turns) -> tuple[np.ndarray, list[str]]:
+        """(n, D) of the turns long enough, and their speakers."""
+        found = [
+            (each, turn.speaker) for turn in turns if (each := _or_none(self.encoder.embed, turn.samples)) is not None
+        ]
+        if not found:
+            raise NotMeasurable("no turn is long enough for the speaker encoder")
+        vectors, names = zip(*found, strict=True)
+        return np.stack(vectors), list(names)
+
+
+def _or_none(measure: Callable, *given: object) -> object | None:
+    try:
+        return measure(*given)
+    except NotMeasurable:
+        return None
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        raise NotMeasurable("no turn of the conversation can be measured")
+    return float(np.mean(known))
+
+
+@dataclass(frozen=True)
+class Human:
+    """What degraded conversations are compared with: all others of the collection, as they are."""
+
+    prosody: dict[str, list[tuple[str, cm.Prosody]]]  # conversation -> speaker and prosody of its turns
+    gaps: dict[str, list[float]]
+
+    def prosody_but(self, name: str) -> list[tuple[str, cm.Prosody]]:
+        return [turn for other, turns in self.prosody.items() if other != name for turn in turns]
+
+    def gaps_but(self, name: str) -> list[float]:
+        return [gap for other, gaps in self.gaps.items() if other != name for gap in gaps]
+
+
+class Heard:
+    """A degraded conversation beside the one it was made from."""
+
+    def __init__(self, name: str, turns: Turns, original: Turns, human: Human, ears: Ears):
+        self.name, self.turns, self.original, self.human, self.ears = name, turns, original, human, ears
+
+    @functools.cached_property
+    def prosody(self) -> list[tuple[str, cm.Prosody] | None]:
+        return prosody_of_turns(self.turns)
+
+    @functools.cached_property
+    def gaps(self) -> list[float]:
+        return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
+
+    @functools.cached_property
+    def characters(self) -> list[cm.Character]:
+        vectors, names = self.ears.embeddings(self.turns)
+        own = (vectors[[name == each for each in names]] for name in sorted(set(names)))
+        return [found for turns in own if (found := _or_none(cm.character, turns)) is not None]
+
+    def mean_prosody(self, name: str) -> float:
+        return _mean(getattr(turn[1], name) for turn in self.prosody if turn)
+
+    def per_turn(self, measure: Callable[[Turn, Turn], float]) -> float:
+        """Mean over the turns of a measure of a turn and the one it was made from."""
+        return _mean(_or_none(measure, *pair) for pair in zip(self.turns, self.original, strict=True))
+
+    def coherence(self) -> float:
+        pairs = zip(self.prosody, prosody_of_turns(self.original), strict=True)
+        whole = [pair for pair in pairs if pair[0] and pair[1]]
+        heard, real = zip(*whole, strict=True) if whole else ((), ())
+        return cm.rank_correlation(cm.arousal(heard), cm.arousal(real))
+
+    def errors(self) -> float:
+        """Word error rate of all turns together."""
+        counts = [
+            count_errors(turn.text, self.ears.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
+            for turn in self.turns
+        ]
+        return sum(each.wrong for each in counts) / sum(each.words for each in counts)
+
+    def confusion(self) -> float:
+        return _mean(cm.confused(*self.ears.embeddings(self.turns)).tolist())
+
+    def similarity(self) -> float:
+        """Of the turns to those they were made from."""
+        return self.per_turn(
+            lambda now, real: float(self.ears.encoder.embed(now.samples) @ self.ears.encoder.embed(real.samples))
+        )
+
+
+def prosody_of_turns(turns: Turns) -> list[tuple[str, cm.Prosody] | None]:
+    """Speaker and prosody of every turn that can be measured, else None."""
+    found = (_or_none(cm.prosody_of, turn.samples, turn.text) for turn in turns)
+    return [(turn.speaker, each) if each else None for turn, each in zip(turns, found, strict=True)]
+
+
+MEASURES: dict[str, Callable[[Heard], float]] = {
+    **{name: functools.partial(lambda heard, name: heard.mean_prosody(name), name=name) for name in cm.DISTRIBUTED},
+    "pitch_contour": lambda heard: heard.per_turn(lambda now, real: cm.pitch_contour(real.samples, now.samples)),
+    "prosody_distance": lambda heard: cm.prosody_distance(
+        [turn for turn in heard.prosody if turn], heard.human.prosody_but(heard.name)
+    ),
+    "emotional_coherence": Heard.coherence,
+    "character_run": lambda heard: _mean(each.run for each in heard.characters),
+    "character_half": lambda heard: _mean(each.half for each in heard.characters),
+    "character_drift": lambda heard: _mean(each.drift for each in heard.characters),
+    "confusion": Heard.confusion,
+    "speaker_similarity": Heard.similarity,
+    "gap": lambda heard: cm.gap(heard.gaps),
+    "overlap": lambda heard: cm.overlap(heard.gaps),
+    "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
+    "wer": Heard.errors,
+    "dnsmos": lambda heard: _mean(
+        dnsmos(resample(turn.samples, SAMPLE_RATE, DNSMOS_RATE)) for turn in heard.turns if len(turn.samples)
+    ),
+}
+
+
+METRICS_OF_CONVERSATIONS: dict[str, Metric] = {
+    **{name: metric for name, metric in {**METRICS, **cm.CONVERSATION_METRICS}.items() if name in MEASURES},
+    "dnsmos": Metric(
+        title="DNSMOS, overall",
+        unit="MOS, 1 to 5",
+        better="higher",
+        definition="Quality that a network predicts from the first 9 s of a turn (16 kHz, repeated where shorter); "
+        "sees noise and clipping, not prosody.",
+        reference="3.2 to 3.4 good studio speech",
+        source="Reddy et al., arXiv 2110.01763, P.835; speechmos",
+    ),
+}
+
+
+def packages_missing() -> dict[str, str]:
+    """metric -> what to install for it. MissingRequirement: what all of it needs is not there."""
+    if absent := [
+        name for name in ("parselmouth", "pyworld", "librosa", "scipy") if not importlib.util.find_spec(name)
+    ]:
+        raise MissingRequirement(f"{', '.join(absent)} not installed: {PACKAGES}")
+    missing = {}
+    for metric, packages in {**NEEDS, "dnsmos": ("speechmos",)}.items():
+        if absent := [name for name in packages if not importlib.util.find_spec(name)]:
+            missing[metric] = f"{', '.join(absent)} not installed: {PACKAGES}"
+    if "speaker_similarity" in missing:
+        missing |= dict.fromkeys(OF_VOICES, missing["speaker_similarity"])
+    return {metric: reason for metric, reason in missing.items() if metric in MEASURES}

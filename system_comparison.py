@@ -1,0 +1,490 @@
+"""Systems that speak the same conversations, side by side: any system's audio, not only this project's.
+
+A system is a folder or manifest as `collect_data.py --input` reads it: audio, text, and for conversations who speaks
+when. The first system is the reference, best human recordings; the others are measured beside it, conversation by
+conversation, and each is tested against it over the conversations they share: paired bootstrap interval, and the
+sign-flip permutation test (Fisher 1935), its p values by Holm's method over all comparisons.
+
+`write_listening_page` makes a blind comparison by ear, in the manner of CMOS with and without context; what listeners
+answered is counted by `preferences`. Knows nothing of models or tokenizers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import html
+import itertools
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+from tqdm import tqdm
+
+from audio import SAMPLE_RATE, resample, write_wav
+from checkpointing import write_atomically
+from evaluation_report import STYLE, plot_bars, save_plot, table, tag
+from heard_conversations import (
+    MEASURES,
+    METRICS_OF_CONVERSATIONS,
+    Ears,
+    Heard,
+    Human,
+    Turn,
+    Turns,
+    hash_of,
+    next_start,
+    prosody_of_turns,
+)
+from speech_metrics import FEWEST_CONVERSATIONS, RESAMPLES, Figure, Item, NotMeasurable, bootstrap, normalise
+from speech_sources import load, read_recordings
+
+AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "speaker_similarity")  # turn by turn
+FLIPS = 10_000  # of the signs of the differences
+MEASURED = "measured.jsonl"
+KEY = "listening_key.json"  # which system is A and which B
+PLAYED = 8  # conversations that the page plays
+CONTEXT_TURNS = 3  # that a listener hears before the turn in question
+GAIN = {"higher": 1, "lower": -1}
+Conversations = dict[str, Turns]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class System:
+    """What one system said, and what of it could not be read."""
+
+    name: str
+    conversations: Conversations
+    refused: list[str]  # "file: reason"
+
+
+def read_system(name: str, path: Path) -> System:
+    """ValueError if none of it can be read; single bad files are named in `refused`."""
+    conversations: Conversations = {}
+    refused = []
+    for recording in sorted(read_recordings(path), key=lambda r: (r.conversation, r.turn_index)):
+        turns = conversations.setdefault(recording.conversation, [])
+        try:
+            samples = resample(*load(recording), SAMPLE_RATE)
+            if not recording.text:
+                raise ValueError("no transcript")
+        except (OSError, ValueError) as error:
+            refused.append(f"{recording.name or recording.audio}: {error}")
+            continue
+        start = next_start(turns) if recording.start is None else recording.start
+        turns.append(Turn(recording.speaker, recording.text, samples, start))
+    conversations = {key: turns for key, turns in conversations.items() if turns}
+    if not conversations:
+        raise ValueError(f"nothing of {path} can be heard: {refused[0]}")
+    return System(name, conversations, refused)
+
+
+def aligned(turns: Turns, real: Turns | None) -> bool:
+    """Whether both say the same texts in the same order, so that turns can be compared one by one."""
+    if real is None or len(turns) != len(real):
+        return False
+    return all(normalise(a.text) == normalise(b.text) for a, b in zip(turns, real, strict=True))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+_WORKER: dict = {}
+
+
+def start_worker(human: Human, asr: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _WORKER.update(human=human, ears=Ears(asr))
+
+
+def measure_in_worker(
+    name: str, turns: Turns, real: Turns | None, metrics: Sequence[str]
+) -> dict[str, tuple[float | None, str]]:
+    """metric -> value, or None and the reason."""
+    same = aligned(turns, real)
+    heard = Heard(name, turns, real if same else turns, _WORKER["human"], _WORKER["ears"])
+    found = {}
+    for metric in metrics:
+        try:
+            if metric in AGAINST_REFERENCE and not same:
+                raise NotMeasurable("the reference does not say the same turns")
+            found[metric] = (MEASURES[metric](heard), "")
+        except NotMeasurable as reason:
+            found[metric] = (None, str(reason))
+    return found
+
+
+def measure_systems(
+    systems: Sequence[System], missing: Iterable[str], asr: str, workers: int, out: Path
+) -> dict[str, dict[str, dict[str, tuple[float | None, str]]]]:
+    """system -> conversation -> metric -> value or reason. Values are kept in `out` by a hash of the audio."""
+    reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
+    human = Human(
+        {name: [t for t in prosody_of_turns(turns) if t] for name, turns in reference.conversations.items()},
+        {
+            name: Heard(name, turns, turns, Human({}, {}), Ears(asr)).gaps
+            for name, turns in reference.conversations.items()
+        },
+    )
+    whole = hashlib.sha256("".join(hash_of(turns) for turns in reference.conversations.values()).encode()).hexdigest()
+    known = read_measured(out / MEASURED)
+    jobs = {}
+    for system in systems:
+        for name, turns in system.conversations.items():
+            key = hashlib.sha256(f"{hash_of(turns)} {whole} {asr} {sorted(metrics)}".encode()).hexdigest()
+            jobs[system.name, name] = (key, turns, reference.conversations.get(name))
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, start_worker, (human, asr)) as pool,
+        open(out / MEASURED, "a", encoding="utf-8") as file,
+    ):
+        futures = {
+            pool.submit(measure_in_worker, name, turns, real, metrics): key
+            for (_, name), (key, turns, real) in jobs.items()
+            if key not in known
+        }
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="measuring", unit="conversation"):
+                known[futures[future]] = future.result()
+                file.write(json.dumps({"key": futures[future], "values": future.result()}) + "\n")
+                file.flush()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    found: dict[str, dict[str, dict[str, tuple[float | None, str]]]] = {}
+    for (system, name), (key, _, _) in jobs.items():
+        found.setdefault(system, {})[name] = known[key]
+    return found
+
+
+def read_measured(path: Path) -> dict[str, dict]:
+    """What an earlier run left; a line that a kill cut off is measured again."""
+    known = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            known[row["key"]] = {metric: tuple(value) for metric, value in row["values"].items()}
+    return known
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A system less the reference, over the conversations of both."""
+
+    system: str
+    metric: str
+    value: float
+    low: float  # 95 % paired bootstrap over conversations
+    high: float
+    p: float  # sign-flip permutation test
+    p_holm: float
+    conversations: int
+
+
+def figures_of(measured: dict, seed: int) -> dict[str, dict[str, Figure]]:
+    """metric -> system -> mean over conversations with a bootstrap interval, and why conversations were left out."""
+    table: dict[str, dict[str, Figure]] = {}
+    for system, conversations in measured.items():
+        for metric in next(iter(conversations.values())):
+            values = {name: found[metric] for name, found in conversations.items()}
+            items = [Item(name, value) for name, (value, _) in values.items() if value is not None]
+            excluded = Counter(reason for value, reason in values.values() if value is None)
+            table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
+    return table
+
+
+def differences(measured: dict, seed: int) -> list[Difference]:
+    """Every other system against the first, metric by metric; those with two shared conversations or more."""
+    (reference, real), *others = measured.items()
+    found = []
+    for system, conversations in others:
+        for metric in next(iter(conversations.values())):
+            if metric in AGAINST_REFERENCE:
+                continue  # the reference is 1 by definition
+            shared = [name for name in conversations if name in real]
+            pairs = [(conversations[name][metric][0], real[name][metric][0]) for name in shared]
+            changes = np.array([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
+            if len(changes) >= 2:
+                low, high, p = paired(changes, seed)
+                facts = {"system": system, "metric": metric, "conversations": len(changes)}
+                found.append(Difference(**facts, value=float(changes.mean()), low=low, high=high, p=p, p_holm=p))
+    corrected = holm([each.p for each in found])
+    return [dataclasses.replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
+
+
+def paired(changes: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """(n,) differences -> 95 % bootstrap interval of their mean, and p of a mean as far from 0 with signs at random.
+
+    With up to 13 differences all signs are tried, above that `FLIPS` at random.
+    """
+    random = np.random.default_rng(seed)
+    n = len(changes)
+    means = changes[random.integers(n, size=(RESAMPLES, n))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    signs = np.array(list(itertools.product((-1, 1), repeat=n))) if n <= 13 else random.choice((-1, 1), (FLIPS, n))
+    flipped = np.abs((signs * changes).mean(axis=1))
+    as_far = (flipped >= abs(changes.mean()) - 1e-12).sum()
+    p = as_far / len(signs) if n <= 13 else (as_far + 1) / (FLIPS + 1)
+    return float(low), float(high), float(p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979), in the same order."""
+    order = np.argsort(p_values)
+    steps = np.array(p_values)[order] * (len(p_values) - np.arange(len(p_values)))
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected.tolist()
+
+
+def warnings_of(systems: Sequence[System], found: Sequence[Difference]) -> list[str]:
+    """What a reader must know before quoting a figure."""
+    reference = systems[0]
+    lines = [f"{system.name}: left out {entry}." for system in systems for entry in system.refused]
+    for system in systems[1:]:
+        absent = sorted(set(reference.conversations) - set(system.conversations))
+        if absent:
+            lines.append(f"{system.name} lacks {len(absent)} conversations of {reference.name}, e.g. {absent[0]}.")
+    fewest = min((each.conversations for each in found), default=0)
+    if fewest < FEWEST_CONVERSATIONS:
+        lines.append(
+            f"Some comparisons rest on {fewest} conversations; below {FEWEST_CONVERSATIONS} the intervals are too "
+            "narrow and no difference can be told from chance."
+        )
+    return lines
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def shown(figure: Figure) -> str:
+    if figure.value is None:
+        return "not measurable"
+    interval = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{figure.value:.3f}{interval}"
+
+
+def verdict(found: Difference) -> str:
+    """ "better", "worse", "different" or "" where chance cannot be ruled out."""
+    if found.p_holm >= 0.05:
+        return ""
+    sense = GAIN.get(METRICS_OF_CONVERSATIONS[found.metric].better.split(",")[0])
+    return "different" if sense is None else "better" if sense * found.value > 0 else "worse"
+
+
+def rows_of(figures: dict, found: Sequence[Difference]) -> list[list[str]]:
+    """Metric, then every system's value and how it differs from the reference."""
+    rows = []
+    for metric, systems in figures.items():
+        about = METRICS_OF_CONVERSATIONS[metric]
+        cells = [f"{about.title} ({about.unit})"]
+        for system, figure in systems.items():
+            cells.append(f"{shown(figure)} n={figure.n}")
+            for each in found:
+                if (each.system, each.metric) == (system, metric):
+                    said = f"; {verdict(each)}" if verdict(each) else ""
+                    cells[-1] += f"; {each.value:+.3f} [{each.low:+.3f}, {each.high:+.3f}], p={each.p_holm:.3f}{said}"
+        rows.append(cells)
+    return rows
+
+
+def print_comparison(report: dict, figures: dict, found: Sequence[Difference]) -> None:
+    for metric, *cells in rows_of(figures, found):
+        print(metric)
+        for name, cell in zip(report["systems"], cells, strict=True):
+            print(f"  {name:20} {cell}")
+    for line in report["warnings"]:
+        print(f"warning: {line}")
+
+
+def write_comparison(
+    out: Path, systems: Sequence[System], report: dict, figures: dict, found: list[Difference]
+) -> None:
+    """`comparison.json`, `comparison.md` and `comparison.html` with plots and players."""
+    names, rows = [system.name for system in systems], rows_of(figures, found)
+    write_atomically(out / "comparison.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    lines = ["# Comparison", "", *(f"- {line}" for line in report["warnings"]), ""]
+    lines += ["| " + " | ".join(row) + " |" for row in [["metric", *names], ["---"] * (1 + len(names)), *rows]]
+    lines += [
+        "",
+        *(
+            f"- {about.title}: {about.definition} Better: {about.better}. Compare: {about.reference}. Source: "
+            f"{about.source}."
+            for about in (METRICS_OF_CONVERSATIONS[metric] for metric in figures)
+        ),
+    ]
+    write_atomically(out / "comparison.md", ("\n".join(lines) + "\n").encode())
+    pictures = draw_comparison(out, systems, figures)
+    warn = tag("ul", "".join(tag("li", html.escape(line)) for line in report["warnings"]))
+    about = [
+        [html.escape(x) for x in (m.title, m.definition, m.better, m.reference, m.source)]
+        for m in (METRICS_OF_CONVERSATIONS[metric] for metric in figures)
+    ]
+    body = tag("h1", "Comparison") + tag("p", html.escape(report["note"]), class_="note")
+    body += tag("div", warn, class_="warn") if report["warnings"] else ""
+    cells = [[html.escape(cell) for cell in row] for row in rows]
+    body += tag("section", tag("h2", "Figures") + table(["metric", *names], cells, tuple(range(1, 1 + len(names)))))
+    body += tag("section", "".join(f'<img src="{path}" alt="{path}">' for path in pictures))
+    body += tag("section", tag("h2", "Listen") + players(out, systems))
+    body += tag(
+        "section", tag("h2", "What is measured") + table(["metric", "definition", "better", "compare", "source"], about)
+    )
+    write_atomically(out / "comparison.html", page("Comparison", body).encode())
+
+
+def page(title: str, body: str) -> str:
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{tag("main", body)}</body></html>\n'
+
+
+def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list[str]:
+    """A bar of every system for every metric, and spectrograms of the first turn; paths relative to the page."""
+    (out / "plots").mkdir(exist_ok=True)
+    colours = ["#4b5563", "#dc2626", "#2563eb", "#059669", "#d97706", "#7c3aed"]
+    made = []
+    for metric, by_system in figures.items():
+        rows = [(n, dataclasses.asdict(f), colours[i % len(colours)]) for i, (n, f) in enumerate(by_system.items())]
+        if any(row[1]["value"] is not None for row in rows):
+            about = METRICS_OF_CONVERSATIONS[metric]
+            made.append(f"plots/{metric}.png")
+            plot_bars(rows, f"{about.title}, {about.unit}; better: {about.better}", out / made[-1])
+    figure = matplotlib.figure.Figure(figsize=(11, 2.8))
+    axes = figure.subplots(1, len(systems), sharey=True, squeeze=False)[0]
+    for axis, system in zip(axes, systems, strict=True):
+        samples = next(iter(system.conversations.values()))[0].samples
+        axis.specgram(samples + 1e-6, NFFT=1024, Fs=SAMPLE_RATE, noverlap=768, vmin=-140, vmax=-40, cmap="magma")
+        axis.set(title=system.name, xlabel="s")
+    save_plot(figure, out / "plots" / "spectrograms.png")
+    return [*made, "plots/spectrograms.png"]
+
+
+def players(out: Path, systems: Sequence[System]) -> str:
+    """The first turns of the first conversations of every system."""
+    folder = out / "audio"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for place, name in enumerate(list(systems[0].conversations)[:PLAYED]):
+        cells = [html.escape(f"{name}: {systems[0].conversations[name][-1].text}")]
+        for number, system in enumerate(systems):
+            turns = system.conversations.get(name)
+            if turns is None:
+                cells.append("nothing said")
+                continue
+            write_wav(folder / f"{place}-{number}.wav", turns[-1].samples)
+            cells.append(f'<audio controls preload="none" src="audio/{place}-{number}.wav"></audio>')
+        rows.append(cells)
+    return table(["last turn of", *(system.name for system in systems)], rows)
+
+
+# ---- listening -------------------------------------------------------------------------------------------------------
+
+LISTENING_PAGE = Path(__file__).parent / "listening_page.html"
+QUESTIONS = {
+    False: "Which of the two sounds more like a human being?",
+    True: "Which of the two is the more appropriate continuation of the conversation?",
+}
+ANSWERS = ((-3, "A much better"), (-2, "A better"), (-1, "A a little better"), (0, "equal"),
+           (1, "B a little better"), (2, "B better"), (3, "B much better"))  # fmt: skip
+
+
+def write_listening_page(out: Path, one: System, other: System, limit: int, seed: int) -> int:
+    """A page of pairs in random order and place, with and without what was said before; how many pairs.
+
+    Names of files and places tell nothing of the systems; `listening_key.json` does, and is not for listeners.
+    ValueError: the systems share no turn.
+    """
+    random = np.random.default_rng(seed)
+    pairs = [
+        (name, index)
+        for name, turns in one.conversations.items()
+        if aligned(turns, other.conversations.get(name))
+        for index in range(len(turns))
+    ]
+    if not pairs:
+        raise ValueError(
+            f"{one.name} and {other.name} say no conversation with the same texts; nothing to compare by ear"
+        )
+    chosen = [pairs[i] for i in random.permutation(len(pairs))[:limit]]
+    folder = out / "listening"
+    folder.mkdir(parents=True, exist_ok=True)
+    items, key = [], {}
+    asked = [(name, index, context) for name, index in chosen for context in ((False, True) if index else (False,))]
+    first = random.permutation(np.arange(len(asked)) % 2)  # each system is A in half of the pairs
+    for (name, index, context), swap in zip(asked, first, strict=True):
+        item = hashlib.sha256(f"{seed} {name} {index} {context}".encode()).hexdigest()[:12]
+        order = [other, one] if swap else [one, other]
+        for letter, system in zip("AB", order, strict=True):
+            write_wav(folder / f"{item}-{letter}.wav", system.conversations[name][index].samples)
+        before = one.conversations[name][max(0, index - CONTEXT_TURNS) : index] if context else []
+        if before:
+            write_wav(folder / f"{item}-before.wav", np.concatenate([turn.samples for turn in before]))
+        items.append({"item": item, "context": bool(before), "text": one.conversations[name][index].text})
+        key[item] = {
+            "A": order[0].name,
+            "B": order[1].name,
+            "conversation": name,
+            "turn": index,
+            "context": context,
+        }
+    items = [items[i] for i in random.permutation(len(items))]
+    write_atomically(out / KEY, json.dumps({"systems": [one.name, other.name], "items": key}).encode())
+    name = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
+    data = {
+        "items": items,
+        "questions": [QUESTIONS[False], QUESTIONS[True]],
+        "answers": ANSWERS,
+        "name": f"listening-{name}",
+    }
+    filled = json.dumps(data).replace("<", "\\u003c")  # no text may end the element it stands in
+    write_atomically(
+        out / "listening.html", LISTENING_PAGE.read_text(encoding="utf-8").replace("DATA", filled, 1).encode()
+    )
+    return len(items)
+
+
+def preferences(key: Path, answers: Sequence[Path], seed: int) -> dict[str, dict]:
+    """What listeners preferred: by kind of question the mean score for the first system, -3 to 3, and its share.
+
+    Interval over items, as listeners of one item agree; above 0 the first system is preferred. ValueError: not such
+    files.
+    """
+    try:
+        content = json.loads(key.read_text(encoding="utf-8"))
+        first, items = content["systems"][0], content["items"]
+        given = [json.loads(path.read_text(encoding="utf-8"))["answers"] for path in answers]
+        scores = [(item, float(score)) for one in given for item, score in one.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the answers or their key {key} cannot be read: {error}") from error
+    strange = [item for item, score in scores if item not in items or abs(score) > 3]
+    if strange or not scores:
+        raise ValueError(f"the answers are not about {key}: {strange[0] if strange else 'there are none'}")
+    found = {}
+    for context, title in ((False, "without context"), (True, "with context")):
+        own = [(i, -s if items[i]["A"] == first else s) for i, s in scores if items[i]["context"] == context]
+        if own:
+            mean = bootstrap([Item(item, score) for item, score in own], seed=seed)
+            share = bootstrap([Item(item, 0.5 + 0.5 * np.sign(score)) for item, score in own], seed=seed)
+            found[title] = {"cmos": dataclasses.asdict(mean), "preferred": dataclasses.asdict(share)}
+    return {"systems": content["systems"], "listeners": len(answers), **found}
+
+
+def print_preferences(found: dict) -> None:
+    first, second = found["systems"]
+    for title in (title for title in found if title not in ("systems", "listeners")):
+        score, share = (Figure(**found[title][name]) for name in ("cmos", "preferred"))
+        print(f"{title}: {first} against {second}: {shown(score)} of -3 to 3; preferred in {shown(share)}, n={score.n}")
+    print(f"{found['listeners']} listener(s); above 0 {first} is preferred; an interval that holds 0 decides nothing")

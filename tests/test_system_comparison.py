@@ -1,0 +1,150 @@
+"""Systems side by side: values, tests, pages; each comes out right for systems whose difference is known."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from spoken_clips import SENTENCES, other_speaker, speech
+
+import degradations
+import system_comparison as sc
+from audio import write_wav
+from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, run
+from conversation_metrics import CONVERSATION_METRICS
+from evaluation_framework import main
+from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS
+
+LOTS = np.random.default_rng(0)
+
+
+def write_system(folder, degrade=lambda samples: samples, n=2):
+    """`n` conversations of four turns by two voices, from 0.3 s after each other."""
+    folder.mkdir(parents=True)
+    rows = []
+    for c in range(n):
+        for i in range(4):
+            samples = degrade((speech if i % 2 == 0 else other_speaker)((i + c) % 4))
+            write_wav(folder / f"{c}-{i}.wav", samples)
+            row = {"audio": f"{c}-{i}.wav", "text": SENTENCES[(i + c) % 4], "speaker": "ab"[i % 2]}
+            rows.append({**row, "conversation": f"talk{c}", "turn_index": i, "start": 5.0 * i})
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The real turns beside monotone ones, with a listening page; what was printed last."""
+    folder = tmp_path_factory.mktemp("compared")
+    write_system(folder / "real")
+    write_system(folder / "flat", lambda samples: degradations.flatten_pitch(samples, 1.0, LOTS))
+    flags = ["--out", str(folder / "out"), "--workers", "1", "--listening", "4"]
+    systems = ["--systems", f"real={folder / 'real'}", f"flat={folder / 'flat'}"]
+    assert run(main, [*flags, *systems]) == EXIT_DONE
+    return folder, [*flags, *systems]
+
+
+def test_values_of_known_systems(compared):
+    report = json.loads((compared[0] / "out" / "comparison.json").read_text())
+    figures = report["figures"]
+    assert set(figures) == set(MEASURES) <= set(METRICS_OF_CONVERSATIONS)
+    assert figures["pitch_spread"]["real"]["value"] > 1.5 > 0.4 > figures["pitch_spread"]["flat"]["value"]
+    assert figures["pitch_contour"]["real"]["value"] == pytest.approx(1)
+    assert abs(figures["pitch_contour"]["flat"]["value"]) < 0.2
+    assert figures["speaker_similarity"]["real"]["value"] == pytest.approx(1, abs=1e-4)
+    assert figures["confusion"]["real"]["value"] == 0
+    assert figures["wer"]["real"]["value"] < 0.1
+    assert any("2 conversations" in line for line in report["warnings"])
+    for name in ("comparison.md", "comparison.html"):
+        text = (compared[0] / "out" / name).read_text()
+        assert "Pitch spread" in text and CONVERSATION_METRICS["pitch_spread"].definition[:40] in text
+    page = (compared[0] / "out" / "comparison.html").read_text()
+    for path in re.findall(r'src="([^"]+)"', page):
+        assert (compared[0] / "out" / path).is_file()
+
+
+def test_a_second_run_measures_nothing_anew(compared, monkeypatch):
+    folder, flags = compared
+    before = (folder / "out" / "comparison.json").read_text()
+    lines = (folder / "out" / sc.MEASURED).read_text().splitlines()
+    assert len(lines) == 4
+    (folder / "out" / sc.MEASURED).write_text("\n".join(lines) + '\n{"key": "cut off')
+    assert run(main, flags) == EXIT_DONE
+    assert len((folder / "out" / sc.MEASURED).read_text().splitlines()) == 5
+    assert json.loads(before)["measured"] == json.loads((folder / "out" / "comparison.json").read_text())["measured"]
+
+
+def test_listening_is_blind_and_its_answers_are_counted(compared, capsys):
+    folder, flags = compared
+    page = (folder / "out" / "listening.html").read_text()
+    shown = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    key = json.loads((folder / "out" / sc.KEY).read_text())["items"]
+    assert {item["item"] for item in shown["items"]} == set(key) and len(key) >= 4
+    assert "flat" not in page and "real" not in page
+    assert {order["A"] for order in key.values()} == {"real", "flat"}  # neither always comes first
+    for item in shown["items"]:
+        letters = ("A", "B", "before") if item["context"] else ("A", "B")
+        assert all((folder / "out" / "listening" / f"{item['item']}-{letter}.wav").is_file() for letter in letters)
+    likes_real = {item: -2 if order["A"] == "real" else 2 for item, order in key.items()}
+    (folder / "answers.json").write_text(json.dumps({"answers": likes_real}))
+    count = ["--out", str(folder / "out"), "--answers", str(folder / "answers.json"), "--json"]
+    assert run(main, count) == EXIT_DONE
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["without context"]["cmos"]["value"] == 2 and found["without context"]["preferred"]["value"] == 1
+    (folder / "strange.json").write_text(json.dumps({"answers": {"nothing": 1}}))
+    assert run(main, [*count[:-2], str(folder / "strange.json")]) == EXIT_INPUT
+    (folder / "broken.json").write_text("{")
+    assert run(main, [*count[:-2], str(folder / "broken.json")]) == EXIT_INPUT
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_bad_files_are_named_and_the_others_go_on(tmp_path, capsys):
+    folder = write_system(tmp_path / "real")
+    (folder / "0-1.wav").write_bytes(b"no audio")
+    write_wav(folder / "1-0.wav", np.zeros(24_000, np.float32))
+    write_wav(folder / "1-1.wav", speech(0)[:1200])
+    assert run(main, ["--out", str(tmp_path / "out"), "--workers", "1", "--systems", f"a={folder}"]) == EXIT_PARTIAL
+    printed = capsys.readouterr().out
+    assert "0-1.wav" in printed and "not readable" in printed
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert report["figures"]["pitch"]["a"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("systems", "words"),
+    [
+        (["a=REAL", "a=REAL"], "one name"),
+        (["a=nowhere"], "does not exist"),
+        (["a=EMPTY"], "no audio"),
+        (["a=REAL", "--listening", "3"], "two systems"),
+    ],
+)
+def test_wrong_requests_are_one_line(tmp_path, capsys, systems, words):
+    folder = write_system(tmp_path / "real", n=1)
+    (tmp_path / "empty").mkdir()
+    given = [each.replace("REAL", str(folder)).replace("EMPTY", str(tmp_path / "empty")) for each in systems]
+    assert run(main, ["--out", str(tmp_path / "out"), "--systems", *given]) == EXIT_INPUT
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_paired_test_tells_a_shift_from_chance():
+    random = np.random.default_rng(0)
+    low, high, p = sc.paired(random.normal(1, 1, 30), seed=0)
+    assert low > 0 and high > 1 and p < 0.001
+    low, high, p = sc.paired(random.normal(0, 1, 30), seed=0)
+    assert low < 0 < high and p > 0.05
+    assert sc.paired(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), seed=0)[2] == 2 / 32  # exact: all signs alike
+
+
+def test_paired_test_is_right_as_often_as_it_says():
+    """Without a difference, p is below 0.05 in about 5 % of the trials (2 to 8.5 % for 400, p > 0.999)."""
+    random = np.random.default_rng(1)
+    hits = sum(sc.paired(random.normal(0, 1, 12), seed=0)[2] < 0.05 for _ in range(400))
+    assert 8 <= hits <= 34
+
+
+def test_holm():
+    assert sc.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert sc.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert sc.holm([]) == []
