@@ -3,15 +3,20 @@
     csm     data.jsonl in the chat format of transformers' CsmProcessor; a 24 kHz wav per turn in audio/
     moshi   data.jsonl of moshi-finetune; a 24 kHz stereo wav per dialogue in stereo/, first speaker left, with its
             words in a .json beside it; only for conversations of two speakers
-    wav     manifest.jsonl; a folder per conversation with a wav per turn, bit by bit as stored, and its text in a .txt
+    wav     manifest.jsonl; a folder per conversation, a wav per turn, bit by bit as stored, and its text in a .txt
+    batch   conversations.json of demo.py --mode batch: the texts, and a clip of every speaker from elsewhere
 
-Levels stay as they were recorded. `collect_data.py --sources local --input FILE.jsonl` reads each of them back. The
-.jsonl is written last: without it, an export was interrupted.
+Levels stay as they were recorded. `collect_data.py --sources local --input FILE.jsonl` reads the first three back. The
+index is written last: without it, an export was interrupted. With --tokenizer, what is written are not the recordings
+but what the tokenizer makes of them. What a model says to the batch can be compared with the wav of the same split:
+evaluation_framework.py --systems human=exported spoken=runs/demo/batch
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import io
 import json
 import re
@@ -21,24 +26,36 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, read_audio, write_wav
+from audio import SAMPLE_RATE, encode_pcm16, read_audio, write_wav
+from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
 from conversation_formats import MAIN_SPEAKER, MARGIN_S
-from conversations import SPLITS, Conversation, build_conversations
+from conversations import SPLITS, Conversation, build_conversations, read_clips
+from rvq_tokenizer import load_tokenizer
 from turn_shards import TurnRecord, read_turns
 
-INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl"}
+INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl", "batch": "conversations.json"}
+LONGEST_CLIP_S = 8.0  # that shows a voice
 GAP_S = 0.3  # between turns whose times are not known
 LONGEST_SILENCE_S = 60.0  # before a dialogue, kept
 
 
-def export(data_dir: Path, out: Path, kind: str, split: str) -> int:
-    """Write the conversations of a split as 'csm', 'moshi' or 'wav' into a new or empty folder; returns their number.
+def export(
+    data_dir: Path,
+    out: Path,
+    kind: str,
+    split: str,
+    tokenizer: AudioTokenizer | None = None,
+    codebooks: int | None = None,
+) -> int:
+    """Write the conversations of a split as a kind of `INDEX` into a new or empty folder; returns their number.
 
-    Prints how many were left out. FileNotFoundError, ValueError: no such data, or the folder is in use.
+    With a `tokenizer`, as its first `codebooks`, or all of them, give them back. Prints how many were left out.
+    FileNotFoundError, ValueError: no such data, or the folder is in use.
     """
     if kind not in INDEX or split not in SPLITS:
         raise ValueError(f"unknown kind {kind!r} or split {split!r}; known are {', '.join((*INDEX, *SPLITS))}")
@@ -51,14 +68,22 @@ def export(data_dir: Path, out: Path, kind: str, split: str) -> int:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another --out or delete what an earlier export left there")
     out.mkdir(parents=True, exist_ok=True)
-    write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder}[kind]
     names = file_names(conversations)
+    clips = clips_of(conversations) if kind == "batch" else {}
+    heard = read_clips(data_dir, {clip.utt_id: 1.0 for clip in clips.values()}) if clips else []
+    samples = {turn.utt_id: wave for turn, wave in heard}
+    requests = functools.partial(write_requests, clips=clips, samples=samples)
+    write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder, "batch": requests}[kind]
     rows: dict[int, list[dict]] = {}
     whole = with_audio(data_dir, conversations)
     for number, conversation in tqdm(whole, total=len(conversations), desc="exporting", unit="conversation"):
-        rows[number] = write(out, names[number], conversation)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for number in sorted(rows) for row in rows[number]]
-    write_atomically(out / INDEX[kind], "".join(lines).encode())
+        heard = conversation if tokenizer is None else through(tokenizer, codebooks, conversation)
+        rows[number] = write(out, names[number], heard)
+    ordered = [row for number in sorted(rows) for row in rows[number]]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+    if kind == "batch":
+        content = json.dumps({"conversations": ordered}, ensure_ascii=False, indent=1) + "\n"
+    write_atomically(out / INDEX[kind], content.encode())
     return len(rows)
 
 
@@ -84,12 +109,40 @@ def with_audio(data_dir: Path, conversations: list[Conversation]) -> Iterator[tu
             yield number, build_conversations(parts.pop(number))[0]
 
 
+@torch.inference_mode()
+def through(tokenizer: AudioTokenizer, codebooks: int | None, conversation: Conversation) -> Conversation:
+    """The conversation as the first codebooks give it back, 24 kHz."""
+    turns = []
+    for turn in conversation.turns:
+        samples = read_audio(turn.audio)[0]
+        codes = tokenizer.encode(torch.from_numpy(samples)[None])[..., :codebooks]  # (1, T, K)
+        copy = tokenizer.decode(codes)[0, : len(samples)].numpy()
+        turns.append(dataclasses.replace(turn, audio=encode_pcm16(copy, SAMPLE_RATE), sample_rate=SAMPLE_RATE))
+    return dataclasses.replace(conversation, turns=tuple(turns))
+
+
+def clips_of(conversations: list[Conversation]) -> dict[tuple[str, str], TurnRecord]:
+    """(conversation, speaker) -> the longest of his turns elsewhere that can show his voice, if there is one."""
+    turns: dict[str, list[tuple[str, TurnRecord]]] = defaultdict(list)
+    for conversation in conversations:
+        for turn in conversation.turns:
+            if turn.duration_s <= LONGEST_CLIP_S:
+                turns[turn.speaker_id].append((conversation.conv_id, turn))
+    found = {}
+    for conversation in conversations:
+        for speaker in {turn.speaker_id for turn in conversation.turns}:
+            others = [turn for name, turn in turns[speaker] if name != conversation.conv_id]
+            if others:
+                found[conversation.conv_id, speaker] = max(others, key=lambda turn: (turn.duration_s, turn.utt_id))
+    return found
+
+
 def file_names(conversations: list[Conversation]) -> list[str]:
     """A name for each that every file system takes, also one that does not tell upper from lower case."""
     names: list[str] = []
     taken = set()
     for conversation in conversations:
-        name = re.sub(r"[^\w.-]+", "_", conversation.conv_id, flags=re.ASCII)[:100].strip("._") or "conversation"
+        name = re.sub(r"[^\w.-]+", "_", conversation.conv_id, flags=re.ASCII)[:60].strip("._") or "conversation"
         while name.lower() in taken:
             name += "_"
         taken.add(name.lower())
@@ -140,6 +193,27 @@ def write_folder(out: Path, name: str, conversation: Conversation) -> list[dict]
     return rows
 
 
+def write_requests(
+    out: Path,
+    name: str,
+    conversation: Conversation,
+    clips: dict[tuple[str, str], TurnRecord],
+    samples: dict[str, np.ndarray],
+) -> list[dict]:
+    """The clips of a conversation's speakers; its request, of the form `spoken_conversations.CONVERSATION`."""
+    voices, turns, end = {}, [], None
+    for turn, speaker in zip(conversation.turns, conversation.speakers, strict=True):
+        clip = clips.get((conversation.conv_id, turn.speaker_id))
+        if clip is not None and str(speaker) not in voices:
+            write_wav(out / f"{name}-{speaker}.wav", samples[clip.utt_id])
+            voices[str(speaker)] = {"audio": f"{name}-{speaker}.wav", "text": clip.text}
+        known = end is not None and turn.start_s is not None
+        gap = {"gap_seconds": round(max(0.0, turn.start_s - end), 3)} if known else {}
+        turns.append({"speaker": speaker, "text": turn.text, **gap})
+        end = turn.end_s
+    return [{"id": name, "voices": voices, "turns": turns}]
+
+
 def write_moshi(out: Path, name: str, conversation: Conversation) -> list[dict]:
     """The stereo file of a dialogue and its words; its line of the index.
 
@@ -187,8 +261,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--to", choices=list(INDEX), required=True, help="the format to write")
     add("--split", choices=SPLITS, default="train", help="conversations to write (default: train)")
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--tokenizer", metavar="DIR", help="write what this tokenizer, or kyutai/mimi, makes of the recordings")
+    add("--codebooks", type=int, metavar="K", help="of its first codebooks only (default: all)")
     args = parser.parse_args(argv)
-    count = export(args.data, args.out, args.to, args.split)
+    if args.codebooks is not None and (not args.tokenizer or args.codebooks < 1):
+        raise ValueError(f"--codebooks {args.codebooks} must be at least 1 and needs --tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    count = export(args.data, args.out, args.to, args.split, tokenizer, args.codebooks)
     print(f"{count} conversations in {args.out / INDEX[args.to]}")
     return EXIT_DONE
 

@@ -7,6 +7,7 @@ What cannot be measured raises `NotMeasurable`. Knows nothing of models, tokeniz
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +27,6 @@ from speech_metrics import METRICS, Metric, NotMeasurable, Recognizer, SpeakerEn
 from spoken_validation import NEEDS
 
 PACKAGES = "python setup_environment.py --extras data eval filters"
-ASSUMED_GAP = 0.25  # s between turns where nothing says when they begin
 OF_VOICES = ("speaker_similarity", "character_run", "character_half", "character_drift", "confusion")
 
 
@@ -37,7 +37,7 @@ class Turn:
     speaker: str
     text: str
     samples: np.ndarray  # (N,) at 24 kHz
-    start: float  # s
+    start: float | None  # s; None: nobody wrote down when
 
     @property
     def end(self) -> float:
@@ -48,17 +48,9 @@ Turns = list[Turn]
 
 
 def turns_of(conversation: Conversation, audio: dict[str, np.ndarray], most: int | None = None) -> Turns:
-    """The first `most` turns as they were spoken; 0.25 s apart where the collection has no times."""
-    turns: Turns = []
-    for record in conversation.turns[:most]:
-        start = next_start(turns) if record.start_s is None else record.start_s
-        turns.append(Turn(record.speaker_id, record.text, audio[record.utt_id], start))
-    return turns
-
-
-def next_start(turns: Turns) -> float:
-    """Where the next turn begins if nothing says so."""
-    return turns[-1].end + ASSUMED_GAP if turns else 0.0
+    """The first `most` turns as they were spoken."""
+    records = conversation.turns[:most]
+    return [Turn(record.speaker_id, record.text, audio[record.utt_id], record.start_s) for record in records]
 
 
 def hash_of(turns: Turns) -> str:
@@ -120,6 +112,16 @@ class Human:
     def prosody_but(self, name: str) -> list[tuple[str, cm.Prosody]]:
         return [turn for other, turns in self.prosody.items() if other != name for turn in turns]
 
+    @classmethod
+    def of(cls, conversations: dict[str, Turns]) -> Human:
+        found = cls(
+            {name: [turn for turn in prosody_of_turns(turns) if turn] for name, turns in conversations.items()}, {}
+        )
+        for name, turns in conversations.items():
+            with contextlib.suppress(NotMeasurable):
+                found.gaps[name] = Heard(name, turns, turns, found, Ears("")).gaps
+        return found
+
     def gaps_but(self, name: str) -> list[float]:
         return [gap for other, gaps in self.gaps.items() if other != name for gap in gaps]
 
@@ -136,6 +138,9 @@ class Heard:
 
     @functools.cached_property
     def gaps(self) -> list[float]:
+        """NotMeasurable: nobody wrote down when the turns begin."""
+        if any(turn.start is None for turn in self.turns):
+            raise NotMeasurable("nothing says when the turns begin")
         return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
 
     @functools.cached_property

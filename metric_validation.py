@@ -40,7 +40,6 @@ from heard_conversations import (
     Human,
     Turns,
     hash_of,
-    prosody_of_turns,
     turns_of,
 )
 from speech_metrics import NotMeasurable
@@ -100,13 +99,22 @@ def emotion_shuffled(turns: Turns, severity: float, lots: np.random.Generator) -
     return [dataclasses.replace(t, text=text, samples=x) for t, (text, x) in zip(turns, sounds, strict=True)]
 
 
+def timed(turns: Turns) -> bool:
+    """Whether somebody wrote down when all the turns begin; where not, no metric of the gaps is measurable."""
+    return all(turn.start is not None for turn in turns)
+
+
 def gaps_longer(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
     """Every turn starts `severity` seconds later after the one before."""
+    if not timed(turns):
+        return turns
     return [dataclasses.replace(turn, start=turn.start + severity * i) for i, turn in enumerate(turns)]
 
 
 def gaps_alike(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
     """The silences between turns move towards their median."""
+    if not timed(turns):
+        return turns
     silences = np.array([b.start - a.end for a, b in itertools.pairwise(turns)])
     made = turns[:1]
     for turn, silence in zip(turns[1:], silences, strict=True):
@@ -334,10 +342,7 @@ def measure_all(
         for name, turns in conversations.items()
         if (left := [metric for metric in metrics if (name, which, metric) not in seen])
     ]
-    human = Human(
-        {name: [turn for turn in prosody_of_turns(turns) if turn] for name, turns in conversations.items()},
-        {name: Heard(name, turns, turns, Human({}, {}), Ears(asr)).gaps for name, turns in conversations.items()},
-    )
+    human = Human.of(conversations)
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, start_worker, (human, asr, seed)) as pool,

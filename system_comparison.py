@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from audio import SAMPLE_RATE, resample, write_wav
 from checkpointing import write_atomically
+from conversation_formats import Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
 from heard_conversations import (
     MEASURES,
@@ -40,14 +41,13 @@ from heard_conversations import (
     Turn,
     Turns,
     hash_of,
-    next_start,
-    prosody_of_turns,
 )
 from speech_metrics import FEWEST_CONVERSATIONS, RESAMPLES, Figure, Item, NotMeasurable, bootstrap, normalise
 from speech_sources import load, read_recordings
 
 AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "speaker_similarity")  # turn by turn
 FLIPS = 10_000  # of the signs of the differences
+RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
@@ -72,7 +72,7 @@ def read_system(name: str, path: Path) -> System:
     """ValueError if none of it can be read; single bad files are named in `refused`."""
     conversations: Conversations = {}
     refused = []
-    for recording in sorted(read_recordings(path), key=lambda r: (r.conversation, r.turn_index)):
+    for recording in sorted(recordings_of(path), key=lambda r: (r.conversation, r.turn_index)):
         turns = conversations.setdefault(recording.conversation, [])
         try:
             samples = resample(*load(recording), SAMPLE_RATE)
@@ -81,12 +81,30 @@ def read_system(name: str, path: Path) -> System:
         except (OSError, ValueError) as error:
             refused.append(f"{recording.name or recording.audio}: {error}")
             continue
-        start = next_start(turns) if recording.start is None else recording.start
-        turns.append(Turn(recording.speaker, recording.text, samples, start))
+        turns.append(Turn(recording.speaker, recording.text, samples, recording.start))
     conversations = {key: turns for key, turns in conversations.items() if turns}
     if not conversations:
         raise ValueError(f"nothing of {path} can be heard: {refused[0]}")
     return System(name, conversations, refused)
+
+
+def recordings_of(path: Path) -> list[Recording]:
+    """As `collect_data.py --input`, or what `demo.py --mode batch` wrote. ValueError: neither."""
+    results = sorted(path.glob(f"*/{RESULT}"))
+    if not results or (path / "manifest.jsonl").is_file():
+        return read_recordings(path)
+    recordings = []
+    for result in results:
+        try:
+            content = json.loads(result.read_text(encoding="utf-8"))
+            for index, turn in enumerate(content["turns"]):
+                if file := turn.get("file"):
+                    place = {"conversation": result.parent.name, "turn_index": index, "name": file}
+                    audio = result.with_name(Path(file).name)
+                    recordings.append(Recording(audio=audio, text=turn["text"], speaker=str(turn["speaker"]), **place))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{result} is not what demo.py --mode batch writes: {error}") from error
+    return recordings
 
 
 def aligned(turns: Turns, real: Turns | None) -> bool:
@@ -130,13 +148,7 @@ def measure_systems(
 ) -> dict[str, dict[str, dict[str, tuple[float | None, str]]]]:
     """system -> conversation -> metric -> value or reason. Values are kept in `out` by a hash of the audio."""
     reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
-    human = Human(
-        {name: [t for t in prosody_of_turns(turns) if t] for name, turns in reference.conversations.items()},
-        {
-            name: Heard(name, turns, turns, Human({}, {}), Ears(asr)).gaps
-            for name, turns in reference.conversations.items()
-        },
-    )
+    human = Human.of(reference.conversations)
     whole = hashlib.sha256("".join(hash_of(turns) for turns in reference.conversations.values()).encode()).hexdigest()
     known = read_measured(out / MEASURED)
     jobs = {}

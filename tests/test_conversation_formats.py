@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import turn_record, voice, write_tiny_data
 
 import collect_data
@@ -19,6 +20,7 @@ from conversation_formats import Word, recordings_of_csm, recordings_of_moshi, t
 from conversations import build_conversations, split_of
 from export_conversations import INDEX, file_names, spread_words
 from speech_sources import COLUMNS, manifest_turns
+from spoken_conversations import read_requests
 from synthetic_voices import trim_silence
 from turn_shards import Collection, make_turn, read_turns
 
@@ -61,6 +63,9 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("formats") / "data")
 
 
+COLLECTABLE = [kind for kind in INDEX if kind != "batch"]  # formats that collect_data.py reads
+
+
 def export(data, out, kind, *flags):
     return run(export_conversations.main, ["--data", str(data), "--to", kind, "--out", str(out), *flags])
 
@@ -95,7 +100,7 @@ def assert_one_line(capsys, said):
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(INDEX))
+@pytest.mark.parametrize("kind", COLLECTABLE)
 def test_what_is_exported_is_read_back_as_the_same_conversations(data, tmp_path, kind):
     assert export(data, tmp_path / "out", kind) == EXIT_DONE
     assert collect(tmp_path / "back", tmp_path / "out" / INDEX[kind]) == EXIT_DONE
@@ -407,7 +412,7 @@ def test_conversations_without_two_speakers_are_left_out_and_counted(data, tmp_p
     assert len((tmp_path / "out" / "data.jsonl").read_text().splitlines()) == len(own) - alone
 
 
-@pytest.mark.parametrize("kind", list(INDEX))
+@pytest.mark.parametrize("kind", COLLECTABLE)
 def test_an_interrupted_export_has_no_index_and_is_refused_afterwards(data, tmp_path, monkeypatch, capsys, kind):
     wanted = len(conversations(data, "train"))
     calls = itertools.count()
@@ -431,6 +436,34 @@ def test_an_interrupted_export_has_no_index_and_is_refused_afterwards(data, tmp_
     assert_one_line(capsys, "is not empty")
     assert export(data, tmp_path / "new", "csm") == EXIT_DONE
     assert len((tmp_path / "new" / "data.jsonl").read_text().splitlines()) == wanted
+
+
+def test_a_batch_holds_the_texts_and_a_clip_of_every_speaker_from_elsewhere(data, tmp_path):
+    assert export(data, tmp_path / "out", "batch") == EXIT_DONE
+    requests, failures = read_requests(tmp_path / "out" / "conversations.json")
+    own = conversations(data, "train")
+    assert not failures and len(requests) == len(own)
+    texts = {request.id: [turn["text"] for turn in request.content["turns"]] for request in requests}
+    assert sorted(texts.values()) == sorted([turn.text for turn in c.turns] for c in own)
+    shown = [(request, clip) for request in requests for clip in request.content["voices"].values()]
+    assert shown
+    for request, clip in shown:
+        assert clip["text"] not in texts[request.id]
+        assert len(read_audio(tmp_path / "out" / clip["audio"])[0]) > 0
+
+
+def test_an_export_through_a_tokenizer_holds_its_copies(data, tmp_path, tokenizer, tokenizer_folder):
+    assert export(data, tmp_path / "real", "wav") == EXIT_DONE
+    assert export(data, tmp_path / "copy", "wav", "--tokenizer", str(tokenizer_folder)) == EXIT_DONE
+    few = ("--tokenizer", str(tokenizer_folder), "--codebooks", "1")
+    assert export(data, tmp_path / "few", "wav", *few) == EXIT_DONE
+    path = next((tmp_path / "real").rglob("*.wav")).relative_to(tmp_path / "real")
+    real, copy, one = (read_audio(tmp_path / name / path)[0] for name in ("real", "copy", "few"))
+    codes = tokenizer.encode(torch.from_numpy(real)[None])
+    wanted = tokenizer.decode(codes)[0, : len(real)].detach().numpy()
+    np.testing.assert_allclose(copy, wanted.clip(-1, 1), atol=2e-4)
+    assert np.abs(copy - one).max() > 1e-3
+    assert export(data, tmp_path / "no", "wav", "--codebooks", "1") == EXIT_INPUT
 
 
 def test_what_cannot_be_exported_is_one_line_and_exit_2(tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from spoken_clips import SENTENCES, other_speaker, speech
 
 import degradations
@@ -13,7 +14,9 @@ from audio import write_wav
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, run
 from conversation_metrics import CONVERSATION_METRICS
 from evaluation_framework import main
+from generation import Reply
 from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS
+from spoken_conversations import measure
 
 LOTS = np.random.default_rng(0)
 
@@ -108,6 +111,26 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path, capsys):
     assert "0-1.wav" in printed and "not readable" in printed
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert report["figures"]["pitch"]["a"]["n"] == 2
+
+
+def test_what_a_batch_spoke_is_a_system(tmp_path):
+    """Spoken turns only; who says nothing has no file and is left out."""
+    folder = tmp_path / "batch" / "soup"
+    folder.mkdir(parents=True)
+    rows = [{"speaker": 0, "text": "heard only", "heard": "a.wav", "seconds": 1.0}]
+    for number, samples in ((2, speech(0)), (3, speech(0)[:0])):
+        path = folder / f"turn-{number}-speaker-1.wav"
+        if len(samples):
+            write_wav(path, samples)
+        rows.append(measure(Reply(samples, torch.zeros(0, 4), SENTENCES[0], True, 0.1, 0.2), 1, path))
+    (folder / sc.RESULT).write_text(json.dumps({"turns": rows}))
+    system = sc.read_system("spoken", tmp_path / "batch")
+    (turn,) = system.conversations["soup"]
+    assert (turn.speaker, turn.text, turn.start, system.refused) == ("1", SENTENCES[0], None, [])
+    np.testing.assert_allclose(turn.samples, speech(0), atol=1e-4)
+    (folder / sc.RESULT).write_text("{")
+    with pytest.raises(ValueError, match="not what demo.py"):
+        sc.read_system("spoken", tmp_path / "batch")
 
 
 @pytest.mark.parametrize(
