@@ -26,7 +26,7 @@ from tqdm import tqdm
 from audio import read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
-from generation import Sampling
+from generation import SPEAKING, Sampling, speaking_defaults
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
@@ -45,6 +45,7 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
         (1, "That is fantastic! When do you start?"),
     ],
 }
+VOICE = "pretrained/nano"  # what is shipped
 MODES = ("interactive", "test", "batch", "web")
 TURN_SECONDS = {"test": 5.0}  # defaults of --max_seconds, else 20 ...
 LEAST_SECONDS = {"test": 1.5}  # ... and --min_seconds, else 0
@@ -62,8 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     shown = " (default: %(default)s)"
     add = parser.add_argument
     add("--mode", choices=MODES, default="interactive", help="see above" + shown)
-    add("--checkpoint", default="runs/minimal", help="folder of a trained model, or sesame/csm-1b" + shown)
-    add("--tokenizer", default="runs/tokenizer", help="folder of its tokenizer, or kyutai/mimi" + shown)
+    add("--checkpoint", default=VOICE, help="folder of a trained model, or sesame/csm-1b" + shown)
+    own = "folder of its tokenizer, or kyutai/mimi (default: tokenizer/ in the checkpoint, else runs/tokenizer)"
+    add("--tokenizer", help=own)
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
     add("--device", default="cpu", help="auto, cpu or cuda" + shown)
     add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
@@ -73,10 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("how it speaks")
     add = group.add_argument
-    add("--temperature", type=float, default=Sampling.temperature, help="0 = likeliest code" + shown)
-    add("--top_k", type=int, default=Sampling.top_k, help="codes to draw from" + shown)
-    add("--min_p", type=float, default=0.0, help="no codes less likely than this share of the likeliest" + shown)
-    add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster")
+    told = f" (default: as the checkpoint's {SPEAKING} says, else %s)"
+    add("--temperature", type=float, help="0 = likeliest code" + told % Sampling.temperature)
+    add("--top_k", type=int, help="codes to draw from" + told % Sampling.top_k)
+    add("--min_p", type=float, help="no codes less likely than this share of the likeliest" + told % Sampling.min_p)
+    add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster" + told % "all")
     add("--max_seconds", type=float, help="cut a turn that has not ended (default: 20, in the test 5)")
     add("--min_seconds", type=float, help="a turn does not end before (default: 0, in the test 1.5)")
     add("--voice", type=Path, help="wav, flac, ogg or mp3 that speaker 0 is to sound like; needs --voice_text")
@@ -127,9 +130,19 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def voice_of(args: argparse.Namespace) -> Voice:
     """What speaks. ValueError for sampling that cannot work."""
     names = ("temperature", "top_k", "min_p", "codebooks", "max_seconds", "min_seconds")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sampling = Sampling(**{**speaking_defaults(args.checkpoint), **given})
+    own = Path(args.checkpoint) / "tokenizer"
+    tokenizer = args.tokenizer or str(own if own.is_dir() else "runs/tokenizer")
     return Voice(
-        args.checkpoint, args.tokenizer, args.device, sampling, args.seed, args.dtype, args.int8, args.raw_text
+        args.checkpoint,
+        tokenizer,
+        args.device,
+        sampling,
+        args.seed,
+        args.dtype,
+        args.int8,
+        args.raw_text,
     )
 
 

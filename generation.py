@@ -7,11 +7,13 @@ with special ones, C acoustic delay, D backbone width.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,8 @@ from inference_model import InferenceModel
 from model_sizes import CSMConfig
 from prosody import prosody_features
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
+
+SPEAKING = "speaking.json"  # beside the weights of a voice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,22 @@ class Sampling:
     @property
     def min_frames(self) -> int:
         return math.ceil(self.min_seconds * FRAME_RATE)
+
+
+def speaking_defaults(folder: Path | str) -> dict:
+    """What a voice is best spoken with, fields of `Sampling`, as `export_voice.py` wrote it; {} where nothing says so.
+
+    ValueError: the file is of another kind.
+    """
+    path = Path(folder) / SPEAKING
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        Sampling(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say how to speak: {error}") from error
+    return values
 
 
 class Reply(NamedTuple):

@@ -51,6 +51,7 @@ MOST_BLIND = 0.3  # standard deviations between conversations
 RESAMPLES = 2000
 RECORDS = "validation.jsonl"
 MOST_TURNS = 8  # of a conversation
+MOST_SHOWN = 99.0  # standard deviations, where the change is the same in all conversations
 FEWEST = 4  # conversations, for a verdict
 RISES, FALLS, BLIND = 1, -1, 0
 
@@ -422,7 +423,8 @@ def verdict_on(name: str, metric: str, expected: int, records: Sequence[Record],
     draws = np.random.default_rng(seed).integers(len(changes), size=(RESAMPLES, len(changes)))
     low, high = np.percentile(changes[draws].mean(axis=1), [2.5, 97.5])
     means, change = whole.mean(axis=0), changes.mean()
-    effect, drift = (float(change / max(spread, 1e-9)) for spread in (changes.std(ddof=1), whole[:, 0].std(ddof=1)))
+    spreads = (changes.std(ddof=1), whole[:, 0].std(ddof=1))
+    effect, drift = (float(np.clip(change / max(spread, 1e-9), -MOST_SHOWN, MOST_SHOWN)) for spread in spreads)
     order = float(spearmanr(severities, means).statistic) if len(severities) > 2 and np.ptp(means) > 0 else 0.0
     values = {"change": float(change), "low": float(low), "high": float(high), "effect": effect, "drift": drift}
     why = why_not(expected, values, order) if expected else why_not_blind(change, whole[:, 0], drift)
@@ -477,16 +479,19 @@ def draw_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
 
     metrics = list(dict.fromkeys(v.metric for v in verdicts))
     rows = list(dict.fromkeys(v.degradation for v in verdicts))
-    figure = matplotlib.figure.Figure(figsize=(1.5 + 0.62 * len(metrics), 1.8 + 0.36 * len(rows)))
+    size = (1.5 + 0.62 * len(metrics), 1.8 + 0.36 * len(rows))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")  # before a colour bar is made
     axis = figure.subplots()
     shown = np.full((len(rows), len(metrics)), np.nan)
     for v in verdicts:
-        shown[rows.index(v.degradation), metrics.index(v.metric)] = v.effect if v.expected else v.drift
+        blind = 0.0 if v.passed else v.drift  # also where all conversations have one value and no drift can be said
+        shown[rows.index(v.degradation), metrics.index(v.metric)] = v.effect if v.expected else blind
     picture = axis.imshow(np.clip(shown, -4, 4), cmap="RdBu_r", vmin=-4, vmax=4, aspect="auto")
     for v in verdicts:
         y, x = rows.index(v.degradation), metrics.index(v.metric)
         mark = {RISES: "+", FALLS: "-", BLIND: "0"}[v.expected] + {True: "", False: "!", None: "?"}[v.passed]
-        axis.text(x, y, mark, ha="center", va="center", fontweight="normal" if v.passed else "bold")
+        colour = "white" if abs(shown[y, x]) > 2.5 else "black"
+        axis.text(x, y, mark, ha="center", va="center", color=colour, fontweight="normal" if v.passed else "bold")
     axis.set_xticks(
         range(len(metrics)), [METRICS_OF_CONVERSATIONS[metric].title for metric in metrics], rotation=60, ha="right"
     )

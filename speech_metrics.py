@@ -28,6 +28,7 @@ EVALUATION_PACKAGES = "python setup_environment.py --extras eval"
 ASR_RATE = 16_000  # Hz, of the recogniser, of PESQ wide band and of the speaker encoder
 SILENCE_DBFS = -60.0  # a clip below this level holds nothing to measure
 LONGEST_WINDOW = max(size for size, _ in SCALES)  # samples, of the log-mel distance
+ENCODER_DBFS = -30.0  # level at which the speaker encoder hears all clips
 SHORTEST_SPEAKER_S = 1.6  # s of speech after trimming; one window of the encoder
 FEWEST_CONVERSATIONS = 10  # below this a percentile bootstrap over conversations is too narrow to be trusted
 RESAMPLES = 2000  # of the bootstrap
@@ -492,7 +493,8 @@ class SpeakerEncoder:
     def embed(self, samples: np.ndarray) -> np.ndarray:
         """(N,) at 24 kHz -> (256,) of length 1. NotMeasurable: silent or less than 1.6 s of speech."""
         require_speech(samples)
-        speech = self._prepare(resample(samples, SAMPLE_RATE, ASR_RATE))
+        level = np.float32(10 ** ((ENCODER_DBFS - rms_dbfs(samples)) / 20))  # the encoder is not deaf to it by itself
+        speech = self._prepare(level * resample(samples, SAMPLE_RATE, ASR_RATE))
         if len(speech) < SHORTEST_SPEAKER_S * ASR_RATE:
             raise NotMeasurable(f"less than {SHORTEST_SPEAKER_S} s of speech for the speaker encoder")
         with torch.inference_mode():

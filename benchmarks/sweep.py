@@ -26,7 +26,7 @@ from training_config import HELP
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ("val/loss", "val/codebook0", "val/text_gain", "val/depth", "val/text")
-COLUMNS = (*HELD_OUT, "train/loss", "frames_per_s", "memory_gib", "minutes")
+COLUMNS = (*HELD_OUT, "spoken/wer", "spoken/cer", "train/loss", "frames_per_s", "memory_gib", "minutes")
 
 
 def settings_of(varied: list[str]) -> list[tuple[str, str]]:

@@ -57,6 +57,7 @@ LEVELS = (
         "collect_data",
         "demo",
         "export_conversations",
+        "export_voice",
         "setup_environment",
         "train",
         "train_minimal",

@@ -180,6 +180,12 @@ def test_speaker_similarity_falls_with_noise_alone(encoder):
     assert similarities[0] > 0.97 and all(np.diff(similarities) < 0)
 
 
+def test_speaker_similarity_does_not_see_level(encoder):
+    """The encoder by itself does: 6 dB made 0.96 of 1."""
+    for gain in (0.3, 2.0):
+        assert float(encoder.embed(speech(0)) @ encoder.embed(np.float32(gain) * speech(0))) > 0.999
+
+
 def test_short_or_silent_clips_get_no_speaker_decision(encoder):
     with pytest.raises(NotMeasurable, match=r"1\.6 s"):
         encoder.embed(speech(0)[:SAMPLE_RATE])

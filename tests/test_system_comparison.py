@@ -129,7 +129,7 @@ def test_what_a_batch_spoke_is_a_system(tmp_path):
     assert (turn.speaker, turn.text, turn.start, system.refused) == ("1", SENTENCES[0], None, [])
     np.testing.assert_allclose(turn.samples, speech(0), atol=1e-4)
     (folder / sc.RESULT).write_text("{")
-    with pytest.raises(ValueError, match="not what demo.py"):
+    with pytest.raises(ValueError, match="not what demo"):
         sc.read_system("spoken", tmp_path / "batch")
 
 

@@ -1,0 +1,120 @@
+"""One folder to pass on, of a trained speech model and its tokenizer: python export_voice.py --out pretrained/nano
+
+Weights in half precision (float16), half the size; the tokenizer in `tokenizer/`; how to speak with it in
+`speaking.json`, which demo.py and evaluation_framework.py take their defaults from; a model card `README.md` with what
+the run itself wrote down: data, licences, settings, hardware, last figures. The rounded tokenizer is a tokenizer of its
+own, so its fingerprint is written into the model. Nothing is lost if it is stopped: run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from architecture import CSM, WEIGHTS_KIND, load_model
+from audio_tokenizer import AudioTokenizer
+from checkpointing import save_weights, write_atomically
+from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from generation import SPEAKING, Sampling, check_tokenizer
+from run_folder import read_metrics, read_settings
+from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
+from turn_shards import read_columns
+
+LICENCE = "Apache-2.0"
+
+
+def halved(module: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The tensors in float16. ValueError: one does not fit."""
+    tensors = {key: t.half() if t.is_floating_point() else t for key, t in module.state_dict().items()}
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{name}: {bad[0]} does not fit float16 or is not finite; it cannot be exported")
+    return tensors
+
+
+def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: dict) -> None:
+    """Write both, and how to speak with them. ValueError: the tokenizer is not the model's, or Mimi."""
+    check_tokenizer(model.config, tokenizer)
+    if not isinstance(tokenizer, RVQTokenizer):
+        raise ValueError("only a tokenizer of train_tokenizer.py is exported with its model; Mimi is had by its name")
+    Sampling(**speaking)
+    codec, weights = halved(tokenizer, "the tokenizer"), halved(model, "the model")
+    save_weights(out / "tokenizer", KIND, dataclasses.asdict(tokenizer.config), codec)
+    config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
+    save_weights(out, WEIGHTS_KIND, config.to_dict(), weights)
+    write_atomically(out / SPEAKING, (json.dumps(speaking, indent=2) + "\n").encode())
+
+
+def data_line(data: Path) -> str:
+    """Hours, turns, voices and licences of the collection."""
+    rows = list(read_columns(data, ["duration_s", "speaker_id", "license", "source"]))
+    seconds, *names = zip(*rows, strict=True)
+    voices, licences, sources = (sorted(set(column)) for column in names)
+    said = f"{sum(seconds) / 3600:.2f} h, {len(rows)} turns of {len(voices)} voice(s) from {', '.join(sources)}"
+    return f"{said}; licences: {', '.join(licences)}"
+
+
+def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaking: dict, notes: str) -> str:
+    """What a user must know, from what the runs wrote down."""
+    runs = {name: read_settings(folder) or {} for name, folder in (("model", checkpoint), ("tokenizer", tokenizer))}
+    rows = []
+    for name, settings in runs.items():
+        own, place = settings.get("train", settings), settings.get("environment", {})
+        where = (
+            f"{place.get('device', 'unknown')}, {place.get('threads', '?')} CPU thread(s), torch {place.get('torch')}"
+        )
+        steps, seed = own.get("max_steps", "unknown"), own.get("seed", "unknown")
+        rows.append(f"| {name} | {steps} | {seed} | {place.get('commit', 'unknown')} | {where} |")
+    spoken = [record for record in read_metrics(checkpoint) if "spoken/wer" in record]
+    last = {key: value for key, value in (spoken[-1] if spoken else {}).items() if key.startswith(("spoken/", "val/"))}
+    commands = [f"    {s['environment']['command']}" for s in runs.values() if "command" in s.get("environment", {})]
+    figures = [f"| {key} | {value:.4g} |" for key, value in last.items() if isinstance(value, int | float)]
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    parts = [
+        "# Model card",
+        f"{size:.1f} million parameters and an audio tokenizer, trained from scratch by this repository. Licence of "
+        f"the weights: {LICENCE}.",
+        notes,
+        "## Data",
+        data_line(data) + ".",
+        "## Training",
+        "\n".join(["| | steps | seed | commit | hardware |", "|---|---|---|---|---|", *rows]),
+        "\n".join(["Commands:", "", *commands]),
+        "## Figures of the last free-running validation, held-out texts",
+        "\n".join(["| | |", "|---|---|", *figures]) if figures else "not measured",
+        "`spoken/` is what a recogniser heard when it spoke freely (shares; `_low` and `_high` bound 95 % intervals), "
+        f"`val/` are held-out losses in nats. It speaks with: {json.dumps(speaking)}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    shown = " (default: %(default)s)"
+    add("--checkpoint", type=Path, default=Path("runs/nano"), help="folder of train.py" + shown)
+    add("--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of its tokenizer" + shown)
+    add("--data", type=Path, default=Path("data"), help="what it was trained on, for the model card" + shown)
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
+    add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
+    add("--notes", default="", metavar="TEXT", help="what else the model card should say: what it can, its limits")
+    args = parser.parse_args(argv)
+    speaking = {"temperature": args.temperature, "codebooks": args.codebooks}
+    model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
+    card = model_card(model, args.checkpoint, args.tokenizer, args.data, speaking, args.notes)
+    export(model, tokenizer, args.out, speaking)
+    write_atomically(args.out / "README.md", card.encode())
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
+    print(f"{args.out}: {size:.1f} MB; python demo.py --checkpoint {args.out}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,78 @@
+"""A voice to pass on: half the size, loads everywhere, speaks as it says, and says where it comes from."""
+
+import json
+
+import pytest
+import torch
+from conftest import full_model, tiny_tokenizer
+
+import demo
+import export_voice
+from architecture import load_model, save_model
+from command_line import EXIT_DONE, EXIT_INPUT, run
+from generation import SPEAKING, Sampling, check_tokenizer, speaking_defaults
+from rvq_tokenizer import load_tokenizer, save_tokenizer
+
+
+@pytest.fixture
+def trained(tmp_path, shared_data):
+    """A run of train.py and its tokenizer, as flags."""
+    tokenizer = tiny_tokenizer()
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    save_model(full_model(audio_tokenizer=tokenizer.fingerprint()), tmp_path / "run")
+    environment = {"command": "train.py --max_steps 7", "commit": "abc1234", "device": "a cpu", "threads": 1}
+    settings = {"train": {"max_steps": 7, "seed": 3}, "environment": environment}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    spoken = {"step": 6, "spoken/wer": 0.123, "val/codebook0": 2.5}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(spoken) + "\n")
+    folders = {"checkpoint": tmp_path / "run", "tokenizer": tmp_path / "tokenizer", "data": shared_data}
+    return [text for name, path in folders.items() for text in (f"--{name}", str(path))]
+
+
+def test_an_exported_voice_is_the_trained_one_in_half_the_size(trained, tmp_path):
+    out = tmp_path / "voice"
+    assert (
+        run(export_voice.main, [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5"]) == EXIT_DONE
+    )
+    model, tokenizer = load_model(out), load_tokenizer(out / "tokenizer")
+    check_tokenizer(model.config, tokenizer)
+    before = load_model(tmp_path / "run")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before.state_dict()[name], rtol=1e-3, atol=1e-6)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, tmp_path / "run")]
+    assert sizes[0] < 0.7 * sizes[1]
+    card = (out / "README.md").read_text()
+    for fact in ("train.py --max_steps 7", "abc1234", "a cpu", "0.123", "CC0-1.0", "| model | 7 | 3 |"):
+        assert fact in card
+
+
+def test_the_demo_speaks_as_the_voice_says_unless_told_otherwise(trained, tmp_path):
+    out = tmp_path / "voice"
+    run(export_voice.main, [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5"])
+    told = demo.voice_of(demo.parse_flags(["--checkpoint", str(out)]))
+    assert (told.sampling.codebooks, told.sampling.temperature) == (2, 0.5)
+    assert told.tokenizer == str(out / "tokenizer")
+    flags = ["--checkpoint", str(out), "--temperature", "0", "--codebooks", "1", "--tokenizer", "elsewhere"]
+    other = demo.voice_of(demo.parse_flags(flags))
+    assert (other.sampling.codebooks, other.sampling.temperature, other.tokenizer) == (1, 0.0, "elsewhere")
+    assert speaking_defaults(tmp_path) == {}
+    plain = demo.voice_of(demo.parse_flags(["--checkpoint", str(tmp_path)]))
+    assert (plain.sampling.temperature, plain.sampling.codebooks) == (Sampling.temperature, None)
+    (out / SPEAKING).write_text('{"loudness": 3}')
+    assert run(demo.main, ["--checkpoint", str(out), "--mode", "test", "--out", str(tmp_path / "demo")]) == EXIT_INPUT
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(trained, tmp_path, capsys):
+    save_tokenizer(tiny_tokenizer(seed=1), tmp_path / "tokenizer")
+    assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_INPUT
+    assert "another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "voice").exists()
+    tokenizer = tiny_tokenizer()
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    broken = full_model(audio_tokenizer=tokenizer.fingerprint())
+    with torch.no_grad():
+        next(broken.parameters()).fill_(1e6)
+    save_model(broken, tmp_path / "run")
+    assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "float16" in error and error.count("\n") == 1
