@@ -46,7 +46,7 @@ from evaluation_report import (
     save_audio,
     write_report,
 )
-from generation import Reply, Sampling, check_tokenizer
+from generation import SPEAKING, Reply, Sampling, check_tokenizer, speaking_defaults
 from heard_conversations import packages_missing
 from inference_model import InferenceModel
 from metric_validation import (
@@ -89,7 +89,8 @@ from training import batch_losses
 from turn_shards import TurnRecord
 
 FORMAT = 1  # of the report and its parts; a part of another format is measured anew
-CHECKPOINT = Path("runs/minimal")
+CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
+VOICE = Path("pretrained/nano")  # what is shipped
 PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
@@ -404,13 +405,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        default=Path("runs/tokenizer"),
-        help="trained tokenizer, or kyutai/mimi (default: %(default)s)",
+        help=f"trained tokenizer, or kyutai/mimi (default: {TOKENIZER}, if there, else that of {VOICE})",
     )
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help=f"trained speech model; without one only the tokenizer is measured (default: {CHECKPOINT}, if there)",
+        help=f"trained speech model (default: {CHECKPOINT}, if there; else {VOICE} if its tokenizer is measured, else "
+        "only the tokenizer is)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write (default: %(default)s)")
     parser.add_argument(
@@ -419,9 +420,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_replies", type=int, default=defaults.max_replies, help="turns the model speaks (default: %(default)s)"
     )
-    parser.add_argument("--codebooks", type=int, help="it speaks with the first so many of every frame (default: all)")
-    temperature_help = "of the codes it draws, 0 = always the likeliest (default: %(default)s)"
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help=temperature_help)
+    told = f"(default: as the checkpoint's {SPEAKING} says, else %s)"
+    codebooks_help = f"it speaks with the first so many of every frame {told % 'all'}"
+    parser.add_argument("--codebooks", type=int, help=codebooks_help)
+    temperature_help = f"of the codes it draws, 0 = always the likeliest {told % defaults.temperature}"
+    parser.add_argument("--temperature", type=float, help=temperature_help)
     parser.add_argument(
         "--asr",
         default=defaults.asr,
@@ -457,15 +460,30 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     workers_help = "processes of --validate and --systems (default: number of cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
-    return parser.parse_args(argv)
+    return with_defaults(parser.parse_args(argv))
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """What was not given: the newest of one's own, else what is shipped; and how that voice is best spoken with."""
+    if args.tokenizer is None:
+        args.tokenizer = VOICE / "tokenizer" if not TOKENIZER.is_dir() and VOICE.is_dir() else TOKENIZER
+    if args.checkpoint is None:
+        shipped = args.tokenizer == VOICE / "tokenizer"
+        args.checkpoint = next((path for path in (CHECKPOINT, VOICE) if (path / "model.safetensors").is_file()), None)
+        if args.checkpoint == VOICE and not shipped:
+            args.checkpoint = None
+    spoken = {"temperature": Settings().temperature, **speaking_defaults(args.checkpoint or CHECKPOINT)}
+    for name in ("codebooks", "temperature"):
+        if getattr(args, name) is None:
+            setattr(args, name, spoken.get(name))
+    return args
 
 
 def measure(args: argparse.Namespace, settings: Settings) -> dict:
     """Both parts, measured or taken from the last run, as the content of the report."""
     tokenizer = load_tokenizer(args.tokenizer)
     checkpoint = args.checkpoint or CHECKPOINT
-    present = args.checkpoint is not None or (checkpoint / "model.safetensors").is_file()
-    model = load_model(checkpoint, args.device) if present else None
+    model = load_model(checkpoint, args.device) if args.checkpoint else None
     if model is not None:
         check_tokenizer(model.config, tokenizer)
     more_clips = load_clips(args.data, "test", CLIPS_FOR_CODES * settings.max_clips, settings.seed)

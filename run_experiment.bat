@@ -44,7 +44,7 @@ set "COMMAND=%VENV_PYTHON% train_minimal.py"
 call :step 4 "Speech model: 100 training steps, to see the loss fall" || goto stopped
 set "COMMAND=%VENV_PYTHON% evaluation_framework.py"
 call :step 5 "Evaluation: measure the tokenizer and the speech model on held-out dialogues" || goto stopped
-set "COMMAND=%VENV_PYTHON% demo.py --mode test"
+set "COMMAND=%VENV_PYTHON% demo.py --mode test --checkpoint runs/minimal"
 call :step 6 "Demo: speak fixed conversations with the trained model" || goto stopped
 
 echo.

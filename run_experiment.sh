@@ -62,7 +62,7 @@ step 4 "Speech model: 100 training steps, to see the loss fall" \
 step 5 "Evaluation: measure the tokenizer and the speech model on held-out dialogues" \
     "$venv_python" evaluation_framework.py
 step 6 "Demo: speak fixed conversations with the trained model" \
-    "$venv_python" demo.py --mode test
+    "$venv_python" demo.py --mode test --checkpoint runs/minimal
 
 printf '\nDone in %d min %d s.\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
 echo "  spoken replies   $PWD/runs/demo/*/conversation.wav"
