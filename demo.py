@@ -26,7 +26,7 @@ from tqdm import tqdm
 from audio import read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
-from generation import SPEAKING, Sampling, speaking_defaults
+from generation import SPEAKING, Sampling, read_speaking
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
@@ -131,7 +131,7 @@ def voice_of(args: argparse.Namespace) -> Voice:
     """What speaks. ValueError for sampling that cannot work."""
     names = ("temperature", "top_k", "min_p", "codebooks", "max_seconds", "min_seconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampling = Sampling(**{**speaking_defaults(args.checkpoint), **given})
+    sampling = Sampling(**{**read_speaking(args.checkpoint).sampling, **given})
     own = Path(args.checkpoint) / "tokenizer"
     tokenizer = args.tokenizer or str(own if own.is_dir() else "runs/tokenizer")
     return Voice(
@@ -212,7 +212,9 @@ def describe_turn(row: dict, max_seconds: float) -> str:
 
 
 def note_training(checkpoint: str) -> None:
-    """Say so if the model was trained too little to be understood."""
+    """Say what the voice can, or if it was trained too little to be understood."""
+    if notes := read_speaking(checkpoint).notes:
+        print(notes)
     steps = ((read_settings(Path(checkpoint)) or {}).get("train") or {}).get("max_steps")
     if steps is not None and steps < FEW_STEPS:
         print(BABBLE.format(steps=steps))

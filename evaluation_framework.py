@@ -46,7 +46,7 @@ from evaluation_report import (
     save_audio,
     write_report,
 )
-from generation import SPEAKING, Reply, Sampling, check_tokenizer, speaking_defaults
+from generation import SPEAKING, Reply, Sampling, check_tokenizer, read_speaking
 from heard_conversations import packages_missing
 from inference_model import InferenceModel
 from metric_validation import (
@@ -472,7 +472,7 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
         args.checkpoint = next((path for path in (CHECKPOINT, VOICE) if (path / "model.safetensors").is_file()), None)
         if args.checkpoint == VOICE and not shipped:
             args.checkpoint = None
-    spoken = {"temperature": Settings().temperature, **speaking_defaults(args.checkpoint or CHECKPOINT)}
+    spoken = {"temperature": Settings().temperature, **read_speaking(args.checkpoint or CHECKPOINT).sampling}
     for name in ("codebooks", "temperature"):
         if getattr(args, name) is None:
             setattr(args, name, spoken.get(name))

@@ -19,7 +19,7 @@ from architecture import CSM, WEIGHTS_KIND, load_model
 from audio_tokenizer import AudioTokenizer
 from checkpointing import save_weights, write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from generation import SPEAKING, Sampling, check_tokenizer
+from generation import SPEAKING, Sampling, Speaking, check_tokenizer
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
 from turn_shards import read_columns
@@ -36,17 +36,17 @@ def halved(module: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: dict) -> None:
+def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking) -> None:
     """Write both, and how to speak with them. ValueError: the tokenizer is not the model's, or Mimi."""
     check_tokenizer(model.config, tokenizer)
     if not isinstance(tokenizer, RVQTokenizer):
         raise ValueError("only a tokenizer of train_tokenizer.py is exported with its model; Mimi is had by its name")
-    Sampling(**speaking)
+    Sampling(**speaking.sampling)
     codec, weights = halved(tokenizer, "the tokenizer"), halved(model, "the model")
     save_weights(out / "tokenizer", KIND, dataclasses.asdict(tokenizer.config), codec)
     config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
     save_weights(out, WEIGHTS_KIND, config.to_dict(), weights)
-    write_atomically(out / SPEAKING, (json.dumps(speaking, indent=2) + "\n").encode())
+    write_atomically(out / SPEAKING, (json.dumps(speaking._asdict(), indent=2) + "\n").encode())
 
 
 def data_line(data: Path) -> str:
@@ -58,7 +58,7 @@ def data_line(data: Path) -> str:
     return f"{said}; licences: {', '.join(licences)}"
 
 
-def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaking: dict, notes: str) -> str:
+def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
     """What a user must know, from what the runs wrote down."""
     runs = {name: read_settings(folder) or {} for name, folder in (("model", checkpoint), ("tokenizer", tokenizer))}
     rows = []
@@ -78,7 +78,7 @@ def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaki
         "# Model card",
         f"{size:.1f} million parameters and an audio tokenizer, trained from scratch by this repository. Licence of "
         f"the weights: {LICENCE}.",
-        notes,
+        speaking.notes,
         "## Data",
         data_line(data) + ".",
         "## Training",
@@ -87,7 +87,7 @@ def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaki
         "## Figures of the last free-running validation, held-out texts",
         "\n".join(["| | |", "|---|---|", *figures]) if figures else "not measured",
         "`spoken/` is what a recogniser heard when it spoke freely (shares; `_low` and `_high` bound 95 % intervals), "
-        f"`val/` are held-out losses in nats. It speaks with: {json.dumps(speaking)}.",
+        f"`val/` are held-out losses in nats. It speaks with: {json.dumps(speaking.sampling)}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,11 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
-    add("--notes", default="", metavar="TEXT", help="what else the model card should say: what it can, its limits")
+    add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)
-    speaking = {"temperature": args.temperature, "codebooks": args.codebooks}
+    speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
-    card = model_card(model, args.checkpoint, args.tokenizer, args.data, speaking, args.notes)
+    card = model_card(model, args.checkpoint, args.tokenizer, args.data, speaking)
     export(model, tokenizer, args.out, speaking)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6

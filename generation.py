@@ -71,20 +71,24 @@ class Sampling:
         return math.ceil(self.min_seconds * FRAME_RATE)
 
 
-def speaking_defaults(folder: Path | str) -> dict:
-    """What a voice is best spoken with, fields of `Sampling`, as `export_voice.py` wrote it; {} where nothing says so.
+class Speaking(NamedTuple):
+    """What `export_voice.py` wrote beside the weights of a voice."""
 
-    ValueError: the file is of another kind.
-    """
+    sampling: dict  # fields of `Sampling` that it is best spoken with
+    notes: str  # what it can, for who speaks with it
+
+
+def read_speaking(folder: Path | str) -> Speaking:
+    """How a voice is best spoken with; nothing where nothing says so. ValueError: the file is of another kind."""
     path = Path(folder) / SPEAKING
     if not path.is_file():
-        return {}
+        return Speaking({}, "")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        Sampling(**values)
+        found = Speaking(**json.loads(path.read_text(encoding="utf-8")))
+        Sampling(**found.sampling)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say how to speak: {error}") from error
-    return values
+    return found
 
 
 class Reply(NamedTuple):

@@ -10,7 +10,7 @@ import demo
 import export_voice
 from architecture import load_model, save_model
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from generation import SPEAKING, Sampling, check_tokenizer, speaking_defaults
+from generation import SPEAKING, Sampling, check_tokenizer, read_speaking
 from rvq_tokenizer import load_tokenizer, save_tokenizer
 
 
@@ -32,7 +32,11 @@ def trained(tmp_path, shared_data):
 def test_an_exported_voice_is_the_trained_one_in_half_the_size(trained, tmp_path):
     out = tmp_path / "voice"
     assert (
-        run(export_voice.main, [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5"]) == EXIT_DONE
+        run(
+            export_voice.main,
+            [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5", "--notes", "It reads numbers."],
+        )
+        == EXIT_DONE
     )
     model, tokenizer = load_model(out), load_tokenizer(out / "tokenizer")
     check_tokenizer(model.config, tokenizer)
@@ -42,6 +46,7 @@ def test_an_exported_voice_is_the_trained_one_in_half_the_size(trained, tmp_path
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, tmp_path / "run")]
     assert sizes[0] < 0.7 * sizes[1]
     card = (out / "README.md").read_text()
+    assert read_speaking(out).notes == "It reads numbers." and "It reads numbers." in card
     for fact in ("train.py --max_steps 7", "abc1234", "a cpu", "0.123", "CC0-1.0", "| model | 7 | 3 |"):
         assert fact in card
 
@@ -55,7 +60,7 @@ def test_the_demo_speaks_as_the_voice_says_unless_told_otherwise(trained, tmp_pa
     flags = ["--checkpoint", str(out), "--temperature", "0", "--codebooks", "1", "--tokenizer", "elsewhere"]
     other = demo.voice_of(demo.parse_flags(flags))
     assert (other.sampling.codebooks, other.sampling.temperature, other.tokenizer) == (1, 0.0, "elsewhere")
-    assert speaking_defaults(tmp_path) == {}
+    assert read_speaking(tmp_path) == ({}, "")
     plain = demo.voice_of(demo.parse_flags(["--checkpoint", str(tmp_path)]))
     assert (plain.sampling.temperature, plain.sampling.codebooks) == (Sampling.temperature, None)
     (out / SPEAKING).write_text('{"loudness": 3}')
