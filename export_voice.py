@@ -58,9 +58,9 @@ def data_line(data: Path) -> str:
     return f"{said}; licences: {', '.join(licences)}"
 
 
-def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
+def model_card(model: CSM, run_folder: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
     """What a user must know, from what the runs wrote down."""
-    runs = {name: read_settings(folder) or {} for name, folder in (("model", checkpoint), ("tokenizer", tokenizer))}
+    runs = {name: read_settings(folder) or {} for name, folder in (("model", run_folder), ("tokenizer", tokenizer))}
     rows = []
     for name, settings in runs.items():
         own, place = settings.get("train", settings), settings.get("environment", {})
@@ -69,7 +69,7 @@ def model_card(model: CSM, checkpoint: Path, tokenizer: Path, data: Path, speaki
         )
         steps, seed = own.get("max_steps", "unknown"), own.get("seed", "unknown")
         rows.append(f"| {name} | {steps} | {seed} | {place.get('commit', 'unknown')} | {where} |")
-    spoken = [record for record in read_metrics(checkpoint) if "spoken/wer" in record]
+    spoken = [record for record in read_metrics(run_folder) if "spoken/wer" in record]
     last = {key: value for key, value in (spoken[-1] if spoken else {}).items() if key.startswith(("spoken/", "val/"))}
     commands = [f"    {s['environment']['command']}" for s in runs.values() if "command" in s.get("environment", {})]
     figures = [f"| {key} | {value:.4g} |" for key, value in last.items() if isinstance(value, int | float)]
@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     shown = " (default: %(default)s)"
     add("--checkpoint", type=Path, default=Path("runs/nano"), help="folder of train.py" + shown)
+    add(
+        "--run", type=Path, metavar="DIR", help="folder of the run it is from, for the model card (default: checkpoint)"
+    )
     add("--tokenizer", type=Path, default=Path("runs/tokenizer"), help="folder of its tokenizer" + shown)
     add("--data", type=Path, default=Path("data"), help="what it was trained on, for the model card" + shown)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
-    card = model_card(model, args.checkpoint, args.tokenizer, args.data, speaking)
+    card = model_card(model, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
     export(model, tokenizer, args.out, speaking)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6

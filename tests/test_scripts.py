@@ -32,6 +32,12 @@ def steps_of_sh() -> list[tuple[str, str, str]]:
     return [(number, title, f"{python} {command}") for number, title, python, command in found]
 
 
+def steps_of_recipe() -> list[tuple[str, str]]:
+    """(number, command) of each step of the recipe of a voice."""
+    text = read("recipes/nano_voice.sh").replace("\\\n", " ")
+    return re.findall(r'^step (\d) ".*" +"\$venv_python" (.*)$', text, re.MULTILINE)
+
+
 def steps_of_bat() -> list[tuple[str, str, str]]:
     form = r'^set "COMMAND=%(\w+)% (.*)"\ncall :step (\d) "(.*)" \|\| goto stopped$'
     python_names = {"PYTHON": "setup_python", "VENV_PYTHON": "venv_python"}
@@ -79,6 +85,16 @@ def test_every_step_calls_a_file_with_flags_it_knows():
             assert not flag.startswith("--") or f'"{flag}"' in source, f"{script} has no {flag}"
 
 
+def test_every_step_of_the_recipe_calls_a_file_with_flags_it_knows():
+    assert [number for number, _ in steps_of_recipe()] == ["2", "3", "4", "5", "6", "7"]
+    settings = read("training_config.py") + read("codec_training.py")  # flags that scripts make of their settings
+    for _, command in steps_of_recipe():
+        script, *flags = command.split()
+        for flag in flags:
+            known = f'"{flag}"' in read(script) or f'"{flag[2:]}"' in settings
+            assert not flag.startswith("--") or known, f"{script} has no {flag}"
+
+
 def test_both_helps_list_the_same_steps():
     helps = []
     for name in ("run_experiment.sh", "run_experiment.bat"):
@@ -117,6 +133,40 @@ def test_the_experiment_runs_its_steps_in_order_from_any_folder(small_experiment
     for folder in ("runs/demo", "runs/report/report.html", "runs "):
         assert f"{small_experiment}/{folder}" in answer.stdout
     assert re.search(r"Done in 0 min \d+ s", answer.stdout)
+
+
+@needs_bash
+def test_the_full_experiment_runs_the_steps_of_its_recipe_at_the_scale_asked_for(small_experiment):
+    (small_experiment / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "nano_voice.sh", small_experiment / "recipes")
+    for _, command in steps_of_recipe():
+        (small_experiment / command.split()[0]).write_text(STEP)
+    done = run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "smoke", "--out", "a place")
+    assert done.returncode == 0, done.stderr
+    steps = (small_experiment / "steps.txt").read_text().splitlines()
+    assert [step.split()[0] for step in steps[1:]] == [command.split()[0] for _, command in steps_of_recipe()]
+    assert all("a place/" in step for step in steps[1:])
+    assert "--target_hours 0.12 " in steps[1]
+    assert "[7/7]" in done.stdout
+    (small_experiment / "train.py").write_text("raise SystemExit(4)")
+    failed = run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "smoke", "--out", "a place")
+    assert failed.returncode == 4
+    assert "to go on: ./run_experiment.sh full --scale smoke --out a place" in failed.stderr
+    assert run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "big").returncode == 2
+
+
+@needs_bash
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs the environment of run_tests.sh")
+def test_a_voice_is_made_from_nothing_at_the_smoke_scale(tmp_path):
+    """Every step of the recipe as it is, few steps of training: the voice says nothing, but it speaks."""
+    command = [BASH, str(ROOT / "run_experiment.sh"), "full", "--scale", "smoke", "--out", str(tmp_path / "smoke")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in (tmp_path / "smoke" / "voice").iterdir()} >= {"model.safetensors", "tokenizer"}
+    assert len(list((tmp_path / "smoke" / "spoken").glob("*/conversation.wav"))) == 3
+    assert (tmp_path / "smoke" / "report" / "report.html").is_file()
 
 
 @needs_bash
