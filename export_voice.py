@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -27,22 +28,24 @@ from turn_shards import read_columns
 LICENCE = "Apache-2.0"
 
 
-def halved(module: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The tensors in float16. ValueError: one does not fit."""
+def halved(module: torch.nn.Module, name: str, small: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors in float16, those named in `small` in float8 (e5m2). ValueError: one does not fit or is not there."""
     tensors = {key: t.half() if t.is_floating_point() else t for key, t in module.state_dict().items()}
+    if unknown := sorted(set(small) - set(tensors)):
+        raise ValueError(f"{name} has no tensor {unknown[0]}")
     bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
         raise ValueError(f"{name}: {bad[0]} does not fit float16 or is not finite; it cannot be exported")
-    return tensors
+    return {key: tensor.to(torch.float8_e5m2) if key in small else tensor for key, tensor in tensors.items()}
 
 
-def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking) -> None:
+def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking, small: Collection[str] = ()) -> None:
     """Write both, and how to speak with them. ValueError: the tokenizer is not the model's, or Mimi."""
     check_tokenizer(model.config, tokenizer)
     if not isinstance(tokenizer, RVQTokenizer):
         raise ValueError("only a tokenizer of train_tokenizer.py is exported with its model; Mimi is had by its name")
     Sampling(**speaking.sampling)
-    codec, weights = halved(tokenizer, "the tokenizer"), halved(model, "the model")
+    codec, weights = halved(tokenizer, "the tokenizer"), halved(model, "the model", small)
     save_weights(out / "tokenizer", KIND, dataclasses.asdict(tokenizer.config), codec)
     config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
     save_weights(out, WEIGHTS_KIND, config.to_dict(), weights)
@@ -107,12 +110,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
+    small = "tensors that the voice does not use, in float8, e.g. depth_heads where it speaks with one codebook"
+    add("--float8", nargs="+", default=[], metavar="NAME", help=small)
     add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)
     speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
     card = model_card(model, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
-    export(model, tokenizer, args.out, speaking)
+    export(model, tokenizer, args.out, speaking, args.float8)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
     print(f"{args.out}: {size:.1f} MB; python demo.py --checkpoint {args.out}")

@@ -3,8 +3,8 @@
 # About an hour and a half on 2 CPU cores. Scale smoke takes the same steps in minutes, to see that they work.
 
 case "$scale" in
-    full) hours=2 codec_steps=1600 model_steps=2400 every=300 texts=32 clips=24 ;;
-    smoke) hours=0.12 codec_steps=20 model_steps=4 every=2 texts=2 clips=2 ;;
+    full) hours=2 codec_steps=1600 model_steps=2400 every=300 texts=32 clips=24 longest=20 ;;
+    smoke) hours=0.12 codec_steps=20 model_steps=4 every=2 texts=2 clips=2 longest=2 ;;
 esac
 
 # shellcheck disable=SC2154 # set where this is sourced
@@ -24,6 +24,7 @@ step 5 "Evaluation: held-out sentences" \
     --out "$out/report"
 step 6 "Export: half precision, one folder" \
     "$venv_python" export_voice.py --checkpoint "$out/nano/best" --run "$out/nano" --tokenizer "$out/tokenizer" \
-    --data "$out/data" --codebooks 1 --temperature 0 --out "$out/voice"
+    --data "$out/data" --codebooks 1 --temperature 0 --float8 depth_heads --out "$out/voice"
 step 7 "Demo: times, prices and dates" \
-    "$venv_python" demo.py --mode batch --input corpus/spoken_numbers.json --checkpoint "$out/voice" --out "$out/spoken"
+    "$venv_python" demo.py --mode batch --input corpus/spoken_numbers.json --checkpoint "$out/voice" \
+    --max_seconds "$longest" --out "$out/spoken"

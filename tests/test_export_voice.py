@@ -51,6 +51,14 @@ def test_an_exported_voice_is_the_trained_one_in_half_the_size(trained, tmp_path
         assert fact in card
 
 
+def test_tensors_that_a_voice_does_not_use_take_a_quarter(trained, tmp_path):
+    flags = ["--out", str(tmp_path / "voice"), "--codebooks", "1", "--float8"]
+    assert run(export_voice.main, [*trained, *flags, "depth_heads"]) == EXIT_DONE
+    exported, before = (load_model(tmp_path / name).depth_heads for name in ("voice", "run"))
+    torch.testing.assert_close(exported, before, rtol=0.13, atol=1e-4)
+    assert run(export_voice.main, [*trained, *flags, "no_such_tensor"]) == EXIT_INPUT
+
+
 def test_the_demo_speaks_as_the_voice_says_unless_told_otherwise(trained, tmp_path):
     out = tmp_path / "voice"
     run(export_voice.main, [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5"])
