@@ -12,10 +12,16 @@ import functools
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import conversation_metrics as cm
 from audio import SAMPLE_RATE, resample
@@ -235,3 +241,33 @@ def packages_missing() -> dict[str, str]:
     if "speaker_similarity" in missing:
         missing |= dict.fromkeys(OF_VOICES, missing["speaker_similarity"])
     return {metric: reason for metric, reason in missing.items() if metric in MEASURES}
+
+
+# ---- in several processes --------------------------------------------------------------------------------------------
+
+
+def in_processes(
+    work: Callable, jobs: Sequence[tuple], workers: int, start: Callable, given: tuple, title: str
+) -> Iterator[tuple[int, Any]]:
+    """`work(*job)` of every job with its number, as they end, in processes that begin with `start(*given)`.
+
+    ValueError: a process was ended from outside.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (start, given)) as pool:
+        numbers = {pool.submit(work, *job): number for number, job in enumerate(jobs)}
+        try:
+            for future in tqdm(as_completed(numbers), total=len(numbers), desc=title, unit="conversation"):
+                yield numbers[future], future.result()
+        except BrokenProcessPool as error:
+            raise ValueError("a worker was ended from outside, perhaps for lack of memory; lower --workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(start: Callable, given: tuple) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    torch.set_num_threads(1)
+    start(*given)

@@ -17,16 +17,13 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import degradations
 from conversation_metrics import FEWEST_TURNS
@@ -40,6 +37,7 @@ from heard_conversations import (
     Human,
     Turns,
     hash_of,
+    in_processes,
     turns_of,
 )
 from speech_metrics import NotMeasurable
@@ -319,9 +317,6 @@ _WORKER: dict = {}
 
 
 def start_worker(human: Human, asr: str, seed: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     _WORKER.update(human=human, ears=Ears(asr), seed=seed)
 
 
@@ -344,21 +339,11 @@ def measure_all(
         if (left := [metric for metric in metrics if (name, which, metric) not in seen])
     ]
     human = Human.of(conversations)
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (human, asr, seed)) as pool,
-        open(path, "a", encoding="utf-8") as file,
-    ):
-        futures = [pool.submit(measure_in_worker, *job) for job in jobs]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="validating", unit="conversation"):
-                for record in future.result():
-                    file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-                    done.append(record)
-                file.flush()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with open(path, "a", encoding="utf-8") as file:
+        for _, found in in_processes(measure_in_worker, jobs, workers, start_worker, (human, asr, seed), "validating"):
+            file.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in found)
+            file.flush()
+            done += found
     return done
 
 

@@ -17,16 +17,13 @@ import hashlib
 import html
 import itertools
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
-from tqdm import tqdm
 
 from audio import SAMPLE_RATE, resample, write_wav
 from checkpointing import write_atomically
@@ -41,6 +38,7 @@ from heard_conversations import (
     Turn,
     Turns,
     hash_of,
+    in_processes,
 )
 from speech_metrics import FEWEST_CONVERSATIONS, RESAMPLES, Figure, Item, NotMeasurable, bootstrap, normalise
 from speech_sources import load, read_recordings
@@ -120,9 +118,6 @@ _WORKER: dict = {}
 
 
 def start_worker(human: Human, asr: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     _WORKER.update(human=human, ears=Ears(asr))
 
 
@@ -156,24 +151,13 @@ def measure_systems(
         for name, turns in system.conversations.items():
             key = hashlib.sha256(f"{hash_of(turns)} {whole} {asr} {sorted(metrics)}".encode()).hexdigest()
             jobs[system.name, name] = (key, turns, reference.conversations.get(name))
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (human, asr)) as pool,
-        open(out / MEASURED, "a", encoding="utf-8") as file,
-    ):
-        futures = {
-            pool.submit(measure_in_worker, name, turns, real, metrics): key
-            for (_, name), (key, turns, real) in jobs.items()
-            if key not in known
-        }
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="measuring", unit="conversation"):
-                known[futures[future]] = future.result()
-                file.write(json.dumps({"key": futures[future], "values": future.result()}) + "\n")
-                file.flush()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    new = {key: (name, turns, real, metrics) for (_, name), (key, turns, real) in jobs.items() if key not in known}
+    keys, work = list(new), list(new.values())
+    with open(out / MEASURED, "a", encoding="utf-8") as file:
+        for number, values in in_processes(measure_in_worker, work, workers, start_worker, (human, asr), "measuring"):
+            known[keys[number]] = values
+            file.write(json.dumps({"key": keys[number], "values": values}) + "\n")
+            file.flush()
     found: dict[str, dict[str, dict[str, tuple[float | None, str]]]] = {}
     for (system, name), (key, _, _) in jobs.items():
         found.setdefault(system, {})[name] = known[key]

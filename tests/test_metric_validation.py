@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -163,6 +164,13 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
     values = {key(record): record.values for record in whole}
     assert values["0", "longer gaps", "gap"] == pytest.approx([0.2, 0.45, 0.7, 1.2, 2.2])
     assert {record.metric for record in whole} == {"gap", "gap_distance", "overlap"}
+
+
+def test_processes_give_results_by_number_and_one_that_dies_is_one_line():
+    found = dict(hc.in_processes(pow, [(2, 3), (3, 2)], 1, abs, (0,), "counting"))
+    assert found == {0: 8, 1: 9}
+    with pytest.raises(ValueError, match="lower --workers"):
+        list(hc.in_processes(os._exit, [(1,)], 1, abs, (0,), "dying"))
 
 
 def test_unit_of_the_times():
