@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +175,40 @@ def test_processes_give_results_by_number_and_one_that_dies_is_one_line():
     assert found == {0: 8, 1: 9}
     with pytest.raises(ValueError, match="lower --workers"):
         list(hc.in_processes(os._exit, [(1,)], 1, abs, (0,), "dying"))
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """kill -9 leaves nobody behind who waits for work."""
+    code = (
+        "import os, time, pathlib, heard_conversations as hc\n"
+        "if __name__ == '__main__':\n"
+        "    for number, pid in hc.in_processes(os.getpid, [(), ()], 1, abs, (0,), 'x'):\n"
+        f"        pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(pid))\n"
+        "        time.sleep(60)\n"
+    )
+    (tmp_path / "many.py").write_text(code)
+    root = str(Path(mv.__file__).parent)
+    parent = subprocess.Popen([sys.executable, tmp_path / "many.py"], env={**os.environ, "PYTHONPATH": root})
+    until = time.monotonic() + 60
+    pid = 0
+    while not pid and time.monotonic() < until:
+        time.sleep(0.1)
+        pid = int((tmp_path / "pid").read_text() or 0) if (tmp_path / "pid").is_file() else 0
+    assert pid
+    parent.kill()
+    parent.wait()
+    while time.monotonic() < until and is_alive(pid):
+        time.sleep(0.1)
+    assert not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/status")
+    return not (status.is_file() and "\nState:\tZ" in status.read_text())  # nobody may be there to fetch its exit code
 
 
 def test_unit_of_the_times():
