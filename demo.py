@@ -269,6 +269,7 @@ def listen_on(host: str, port: int) -> socket.socket:
         raise ValueError(
             f"cannot listen on {host} port {port} ({error.strerror or error}); give another --port"
         ) from error
+    own.listen()  # from now on who comes waits, and is not refused while the server starts
     return own
 
 

@@ -266,7 +266,11 @@ def test_one_conversation_speaks_once_at_a_time(server):
 def test_the_script_serves_until_it_is_interrupted(checkpoint, tokenizer_folder, shared_data):
     command = [sys.executable, "demo.py", "--mode", "web", "--port", "0", "--checkpoint", checkpoint]
     command += ["--tokenizer", tokenizer_folder, "--data", shared_data, "--max_seconds", "0.4"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)  # where a line below fails, nobody waits for ever
         line = process.stdout.readline()
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ with 2 voices", line)[1])
         taken = ["--mode", "web", "--port", str(port), "--checkpoint", str(checkpoint)]
