@@ -269,7 +269,7 @@ def warnings_of(systems: Sequence[System], found: Sequence[Difference]) -> list[
 
 def shown(figure: Figure) -> str:
     if figure.value is None:
-        return "not measurable"
+        return f"not measurable: {', '.join(figure.excluded)};"
     interval = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
     return f"{figure.value:.3f}{interval}"
 

@@ -1,12 +1,12 @@
 """demo.py: batches are answered whatever is wrong with some, resumed, and the same in several processes; the chat."""
 
 import errno
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -396,9 +396,17 @@ def test_a_voice_file_needs_its_text(chat, tmp_path):
     assert "needs what is said in it" in said[0]
 
 
-def test_ctrl_c_interrupts_the_speaker_and_what_was_said_is_kept(chat):
+def test_ctrl_c_interrupts_the_speaker_and_what_was_said_is_kept(chat, monkeypatch):
     talk, said = chat("plain", Sampling(max_seconds=16.0, min_seconds=16.0))
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    decode, decoded = talk.engine.tokenizer.decode_frames, itertools.count()
+
+    def decode_frames(*given):
+        """Ctrl-C comes while the fifth frame is decoded, however fast the machine is."""
+        if next(decoded) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(*given)
+
+    monkeypatch.setattr(talk.engine.tokenizer, "decode_frames", decode_frames)
     assert talk.run(iter(["Hello."])) == EXIT_DONE
     assert any("interrupted" in line for line in said)
     n_frames = len(talk.talk.turns[-1].codes)
