@@ -26,7 +26,7 @@ from tqdm import tqdm
 from audio import read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
-from generation import SPEAKING, Sampling, read_speaking
+from generation import SHIPPED, SPEAKING, Sampling, read_speaking
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
@@ -45,7 +45,6 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
         (1, "That is fantastic! When do you start?"),
     ],
 }
-VOICE = "pretrained/nano"  # what is shipped
 MODES = ("interactive", "test", "batch", "web")
 TURN_SECONDS = {"test": 5.0}  # defaults of --max_seconds, else 20 ...
 LEAST_SECONDS = {"test": 1.5}  # ... and --min_seconds, else 0
@@ -63,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     shown = " (default: %(default)s)"
     add = parser.add_argument
     add("--mode", choices=MODES, default="interactive", help="see above" + shown)
-    add("--checkpoint", default=VOICE, help="folder of a trained model, or sesame/csm-1b" + shown)
+    add("--checkpoint", default=str(SHIPPED), help="folder of a trained model, or sesame/csm-1b" + shown)
     own = "folder of its tokenizer, or kyutai/mimi (default: tokenizer/ in the checkpoint, else runs/tokenizer)"
     add("--tokenizer", help=own)
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")

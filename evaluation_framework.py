@@ -46,7 +46,7 @@ from evaluation_report import (
     save_audio,
     write_report,
 )
-from generation import SPEAKING, Reply, Sampling, check_tokenizer, read_speaking
+from generation import SHIPPED, SPEAKING, Reply, Sampling, check_tokenizer, read_speaking
 from heard_conversations import packages_missing
 from inference_model import InferenceModel
 from metric_validation import (
@@ -90,7 +90,6 @@ from turn_shards import TurnRecord
 
 FORMAT = 1  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
-VOICE = Path("pretrained/nano")  # what is shipped
 PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
@@ -405,12 +404,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help=f"trained tokenizer, or kyutai/mimi (default: {TOKENIZER}, if there, else that of {VOICE})",
+        help=f"trained tokenizer, or kyutai/mimi (default: {TOKENIZER}, if there, else that of {SHIPPED})",
     )
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help=f"trained speech model (default: {CHECKPOINT}, if there; else {VOICE} if its tokenizer is measured, else "
+        help=f"trained speech model (default: {CHECKPOINT}, if there, else {SHIPPED} with its own tokenizer, else "
         "only the tokenizer is)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write (default: %(default)s)")
@@ -466,11 +465,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """What was not given: the newest of one's own, else what is shipped; and how that voice is best spoken with."""
     if args.tokenizer is None:
-        args.tokenizer = VOICE / "tokenizer" if not TOKENIZER.is_dir() and VOICE.is_dir() else TOKENIZER
+        args.tokenizer = SHIPPED / "tokenizer" if not TOKENIZER.is_dir() and SHIPPED.is_dir() else TOKENIZER
     if args.checkpoint is None:
-        shipped = args.tokenizer == VOICE / "tokenizer"
-        args.checkpoint = next((path for path in (CHECKPOINT, VOICE) if (path / "model.safetensors").is_file()), None)
-        if args.checkpoint == VOICE and not shipped:
+        shipped = args.tokenizer == SHIPPED / "tokenizer"
+        args.checkpoint = next((path for path in (CHECKPOINT, SHIPPED) if (path / "model.safetensors").is_file()), None)
+        if args.checkpoint == SHIPPED and not shipped:
             args.checkpoint = None
     spoken = {"temperature": Settings().temperature, **read_speaking(args.checkpoint or CHECKPOINT).sampling}
     for name in ("codebooks", "temperature"):

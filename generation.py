@@ -32,6 +32,7 @@ from prosody import prosody_features
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
 
 SPEAKING = "speaking.json"  # beside the weights of a voice
+SHIPPED = Path("pretrained/nano")  # the voice of this repository, with its tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
