@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,12 @@ class AudioTokenizer(nn.Module):
         ValueError: another shape or type, no frames, too many codebooks, or codes out of range.
         """
         return decode_whole(self, codes)
+
+    @torch.inference_mode()
+    def copies(self, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
+        """(N,) -> what the first k codebooks give back, (N,) each, for every k in `prefixes`."""
+        codes = self.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])  # (1, T, K)
+        return {k: self.decode(codes[..., :k])[0, : len(samples)].numpy() for k in prefixes}
 
     def encoder_stream(self, batch_size: int) -> EncoderStream:
         return EncoderStream(self, batch_size)

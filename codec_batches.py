@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16
+from rvq_tokenizer import Disguise
 
 SPREAD = 4  # sub-frames that characters are aligned with, of a frame; 20 ms each
 LONGEST_SECONDS = 6.0  # of an utterance that is used for its text
 SPEEDS = (0.85, 1.18)  # pitch, formants and rate of half of the utterances are changed together
-WARP = 0.25  # logarithm of the largest factor by which the content branch hears frequencies changed
+WARP = 0.3  # logarithm of the largest factor by which the content branch hears frequencies changed
+TILT_DB = 3.0  # per octave; most by which it hears a voice brighter or duller
+BUMP_DB = 10.0  # most of the resonance that it hears added or taken away
+BUMP_HZ = (500.0, 4000.0)  # its centre
 MASKED = 0.2  # share of an utterance's frames that are silenced, in spans
 SPAN_FRAMES = 2
 
@@ -49,16 +53,16 @@ class Crops:
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
-    """Nested depth dropout, always a prefix of all codebooks: 45 % all, 25 % the semantic ones and some acoustic, 15 %
-    the semantic ones alone, 15 % some of them.
+    """Nested depth dropout, always a prefix of all codebooks: 60 % all, 15 % the semantic ones and some acoustic, 15 %
+    the semantic ones alone, 10 % some of them.
 
     What a speech model says with its first codebooks must be understood. Each further codebook changes the sound less
     than the one before, so depths are drawn evenly by their logarithm.
     """
     random = np.random.default_rng([seed, step, 1])
     lot, depth = random.random(batch_size), random.random(batch_size)
-    acoustic = np.select([lot < 0.45, lot < 0.70], [n_acoustic, _by_logarithm(depth, n_acoustic)], 0)
-    semantic = np.where(lot < 0.85, n_semantic, _by_logarithm(depth, n_semantic))
+    acoustic = np.select([lot < 0.60, lot < 0.75], [n_acoustic, _by_logarithm(depth, n_acoustic)], 0)
+    semantic = np.where(lot < 0.90, n_semantic, _by_logarithm(depth, n_semantic))
     return Depths(torch.from_numpy(semantic), torch.from_numpy(acoustic))
 
 
@@ -67,11 +71,15 @@ def _by_logarithm(chance: np.ndarray, most: int) -> np.ndarray:
     return np.minimum(np.exp(chance * np.log(most + 1)).astype(int), most)
 
 
-def draw_warps(seed: int, step: int, batch_size: int, share: float) -> Tensor:
-    """(B,) factors of the frequencies that the content branch hears: 1, and for a `share` of the samples another."""
-    random = np.random.default_rng([seed, step, 4])
-    factors = np.exp(random.uniform(-WARP, WARP, batch_size))
-    return torch.from_numpy(np.where(random.random(batch_size) < share, factors, 1.0)).float()
+def draw_disguises(seed: int, step: int, batch_size: int, share: float, which: int = 0) -> Disguise:
+    """For a `share` of the samples; the others keep their voice. `which`: of several for one batch."""
+    random = np.random.default_rng([seed, step, 4, which])
+    disguised = random.random(batch_size) < share
+    factors = np.where(disguised, np.exp(random.uniform(-WARP, WARP, batch_size)), 1.0)
+    tilt = disguised * random.uniform(-TILT_DB, TILT_DB, batch_size)
+    bump_hz = np.exp(random.uniform(*np.log(BUMP_HZ), batch_size))
+    bump_db = disguised * random.uniform(-BUMP_DB, BUMP_DB, batch_size)
+    return Disguise(*(torch.from_numpy(x).float() for x in (factors, tilt, bump_hz, bump_db)))
 
 
 def letters_of(texts: Iterable[str]) -> list[str]:
@@ -107,6 +115,10 @@ class SemanticBatch(NamedTuple):
     n_characters: Tensor  # (B,)
     speakers: Tensor  # (B,)
     features: Tensor  # (B, T, D) of a teacher; D = 0 without one
+
+    def live(self, n_frames: int) -> Tensor:
+        """(B, T) whether a frame is one of its utterance."""
+        return torch.arange(n_frames, device=self.n_frames.device) < self.n_frames[:, None]
 
 
 class Utterances:

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from audio import FRAME_SAMPLES
-from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_prefixes, draw_warps
+from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_disguises, draw_prefixes
 from codec_discriminators import DISCRIMINATORS, Discriminators, fooling_loss, telling_loss
 from codec_losses import SpectralDistance
 from muon import Muon
 from ranks import Ranks
-from rvq_tokenizer import PRESETS, RVQTokenizer
-from semantic_supervision import SemanticHeads
+from rvq_tokenizer import PRESETS, Disguise, RVQTokenizer
+from semantic_supervision import SemanticHeads, disagreement
 from semantic_teacher import TEACHERS
 
-HEADS_FACTOR = 4  # of the heads' learning rate: what reads the codes should not lag behind them
+HEADS_FACTOR = 2  # of the heads' learning rate: what reads the codes should not lag behind them
 FIT_VECTORS = 8  # per code, for k-means
 BY_DEPTH = ("known_depth", "depth_gain")  # tables by acoustic depth: matrices in shape only
 CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
@@ -48,6 +48,7 @@ class TrainConfig:
     ema_decay: float = 0.998
     ctc_weight: float = 0.0
     speaker_weight: float = 0.1
+    alike_weight: float = 0.0
     teacher: str = ""
     teacher_weight: float = 1.0
     content_gradient: float = 1.0
@@ -69,15 +70,18 @@ class TrainConfig:
             raise ValueError(f"teacher={self.teacher} is none of {', '.join(TEACHERS)}, or ctc_weight is 0")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision} is not one of auto, fp32, bf16")
-        for name in ("stage_a", "stage_c", "ema_decay", "warped"):
+        for name in ("stage_a", "stage_c", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if not 0 <= self.warped <= 1:
+            raise ValueError(f"warped={self.warped} must lie in [0, 1]")
         if self.stage_a + self.stage_c >= 1:
             raise ValueError(f"stage_a={self.stage_a} and stage_c={self.stage_c} leave nothing to stage B")
         for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("ctc_weight", "speaker_weight", "teacher_weight", "content_gradient", "adversarial", "threads"):
+        weights = ("ctc_weight", "speaker_weight", "alike_weight", "teacher_weight", "adversarial")
+        for name in (*weights, "content_gradient", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.adversarial and not self.stage_c:
@@ -111,10 +115,11 @@ HELP = {
     "ema_decay": "of the weight average that is evaluated and exported",
     "ctc_weight": "of the characters that the semantic codebooks must tell; 0 = not asked",
     "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
+    "alike_weight": "of what two disguises of an utterance must have in common; used with ctc_weight and warped",
     "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; used with ctc_weight",
     "teacher_weight": "of 1 - cosine to the teacher's features",
     "content_gradient": "factor of the reconstruction's gradient into the content branch",
-    "warped": "share of the crops whose content branch hears another voice, all frequencies higher or lower",
+    "warped": "share of the crops whose content branch hears another voice: frequencies moved, bands louder or softer",
     "adversarial": "size of the discriminators' gradient beside the spectral losses' in stage C; 0 = none",
     "discriminators": f"size of the discriminators: {', '.join(DISCRIMINATORS)}",
     "eval_every": "steps between evaluations on held-out clips",
@@ -268,15 +273,15 @@ def make_optimizers(
 
 
 def reconstruct(
-    run: Run, wave: Tensor, depths: Depths, stage: str, warps: Tensor | None = None
+    run: Run, wave: Tensor, depths: Depths, stage: str, disguise: Disguise | None = None
 ) -> tuple[Tensor, Tensor]:
     """(B, N) -> the reconstruction without its last 30 ms, where the decoder lacks the frames to come; commitment."""
     share, commitment = run.config.content_gradient, wave.new_zeros(())
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         if stage == CONTINUOUS:
-            estimate = run.model.autoencode(wave, depths.acoustic, share, warps)
+            estimate = run.model.autoencode(wave, depths.acoustic, share, disguise)
         elif stage == QUANTISED:
-            estimate, _, commitment = run.model(wave, *depths, share, warps)
+            estimate, _, commitment = run.model(wave, *depths, share, disguise)
         else:
             estimate = run.model.decode_frozen(wave, *depths)
     return estimate[:, : wave.size(1) - run.model.delay_samples], commitment
@@ -293,21 +298,26 @@ def spectral_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor
 def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
     """What the heads read from the content latents of whole utterances; the first codebooks must do for some.
 
-    Half as many utterances as crops, at every step. The weight of the speaker grows with the steps: words first.
+    Half as many utterances as crops, at every step. The weight of the speaker grows with the steps until the codes are
+    final: words first.
     """
     c, model = run.config, run.model
     n = max(run.ranks.n, c.batch_size // 2)
     mine = run.ranks.share_of(n)
     batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, n, mine)))
+    alike = batch.wave.new_zeros(())
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-        latents = model.latents(batch.wave, warps_of(run, n))[0]
+        latents = model.latents(batch.wave, disguise_of(run, n))[0]
+        if c.alike_weight and c.warped:
+            other = model.latents(batch.wave, disguise_of(run, n, which=1))[0]
+            alike = disagreement(latents.float(), other.float(), batch.live(latents.size(1)))
         if stage == QUANTISED:
             prefixes = draw_prefixes(c.seed, run.step, n, model.config.n_semantic)[mine]
             latents = model.semantic(latents, prefixes.to(run.device)).latents
         nats = run.heads(latents.float(), batch)
-    hidden = c.speaker_weight * run.step / c.max_steps
+    hidden = c.speaker_weight * run.step / c.first_decoder_step
     loss = c.ctc_weight * nats.characters + nats.speaker + hidden * nats.confusion + c.teacher_weight * nats.teacher
-    return {"loss": loss, **nats._asdict()}
+    return {"loss": loss + c.alike_weight * alike, **nats._asdict(), "alike": alike}
 
 
 def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor]:
@@ -354,7 +364,7 @@ def train_step(run: Run) -> dict[str, float]:
     shape = run.model.config
     depths = draw_depths(c.seed, step, c.batch_size, shape.n_semantic, shape.n_acoustic_codebooks)
     depths = Depths(*(depth[mine].to(run.device) for depth in depths))
-    estimate, commitment = reconstruct(run, wave, depths, stage, warps_of(run, c.batch_size))
+    estimate, commitment = reconstruct(run, wave, depths, stage, disguise_of(run, c.batch_size))
     terms = {**spectral_terms(run, estimate, wave), "commitment": commitment}
     if stage == DECODER and run.discriminators is not None:
         fooled = adversarial_terms(run, estimate, wave)
@@ -369,12 +379,14 @@ def train_step(run: Run) -> dict[str, float]:
     return {**update(run, terms), "train/lr": lr_at(step, c, decoder=True)}
 
 
-def warps_of(run: Run, batch_size: int) -> Tensor | None:
-    """(B,) by how much the content branch hears each of this process's samples higher."""
+def disguise_of(run: Run, batch_size: int, which: int = 0) -> Disguise | None:
+    """What the content branch hears of each of this process's samples: another voice."""
     c = run.config
     if not c.warped:
         return None
-    return draw_warps(c.seed, run.step, batch_size, c.warped)[run.ranks.share_of(batch_size)].to(run.device)
+    return draw_disguises(c.seed, run.step, batch_size, c.warped, which).part(
+        run.ranks.share_of(batch_size), run.device
+    )
 
 
 def set_rates(run: Run) -> None:

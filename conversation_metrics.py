@@ -27,6 +27,7 @@ FEWEST_VOICED = 10  # hops
 SHORTEST_SECONDS = 0.3
 ALIGNED_BANDS = 20  # mel bands of the alignment of two readings of a text
 FEWEST_TURNS = 4  # of a rank correlation
+LATER = 4  # turns after a speaker's first one, from which on the style is a matter of memory
 BREAK = 0.2  # s; silences in one speaker's turn that are shorter do not end it (dGSLM, arXiv 2203.16502, 3.2)
 TILT_HZ = 1000.0
 AROUSAL = ("pitch", "pitch_spread", "level", "level_spread", "rate", "tilt")  # features that rise with arousal
@@ -133,6 +134,16 @@ CONVERSATION_METRICS = {
         "of pitch, its spread, level, its spread, rate and tilt.",
         reference="1 as the human speaker, 0 unrelated to the context",
         source="acoustic arousal, e.g. Juslin and Laukka 2003, Psychological Bulletin 129(5)",
+    ),
+    "style_kept": Metric(
+        title="Style kept",
+        unit="share",
+        better="higher where a style was asked for",
+        definition="For every turn four or more turns after a speaker's first one: share of the turns of other human "
+        "conversations that sound less like that first turn than this one does (distance of pitch, its spread, level, "
+        "its spread, rate and tilt in human standard deviations). Mean over the turns.",
+        reference="0.5 as any turn of anybody; real conversations of the same kind",
+        source="after Style Amnesia, arXiv 2512.23578: is an instructed style still there some turns later?",
     ),
     "gap": Metric(
         title="Gap between turns",
@@ -327,6 +338,31 @@ def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
     if np.ptp(ours) < 1e-9 or np.ptp(theirs) < 1e-9:
         return 0.0
     return float(spearmanr(ours, theirs).statistic)
+
+
+def style_kept(turns: Sequence[tuple[str, Prosody] | None], human: Sequence[Prosody]) -> list[float]:
+    """Speaker and prosody of a conversation's turns in order (None: not measurable), and of other conversations ->
+    CONVERSATION_METRICS["style_kept"] of each later turn. NotMeasurable: no speaker comes back so late."""
+    if len(human) < FEWEST_TURNS:
+        raise NotMeasurable(f"fewer than {FEWEST_TURNS} human turns to compare with")
+    others = _features(human)  # (m, features)
+    spread = np.maximum(others.std(axis=0), 1e-3)
+    first: dict[str, tuple[int, np.ndarray]] = {}
+    kept = []
+    for place, turn in enumerate(turns):
+        if turn is None:
+            continue
+        began, wanted = first.setdefault(turn[0], (place, _features([turn[1]])[0]))
+        if place - began >= LATER:
+            away = np.linalg.norm((_features([turn[1]])[0] - wanted) / spread)
+            kept.append(float((np.linalg.norm((others - wanted) / spread, axis=1) > away).mean()))
+    if not kept:
+        raise NotMeasurable(f"no speaker comes back after {LATER} turns")
+    return kept
+
+
+def _features(turns: Sequence[Prosody]) -> np.ndarray:
+    return np.array([[getattr(prosody, name) for name in AROUSAL] for prosody in turns])
 
 
 # ---- character -------------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's weights" + shown)
     add("--int8", action="store_true", help="weights of 8 bits: faster on a CPU, not the same codes")
+    compile_help = "faster, after half a minute of compilation at the first frame; needs a C++ compiler"
+    add("--compile", action="store_true", help=compile_help)
     add("--seed", type=int, default=0, help="of the draws" + shown)
 
     group = parser.add_argument_group("how it speaks")
@@ -142,6 +144,7 @@ def voice_of(args: argparse.Namespace) -> Voice:
         args.dtype,
         args.int8,
         args.raw_text,
+        args.compile,
     )
 
 

@@ -1,9 +1,10 @@
 """Measure a tokenizer and a speech model on held-out clips: python evaluation_framework.py
 
-Writes `report.json` (every figure with its definition, interval and sample size) and `report.html` (tables, plots and
-audio to listen to) into `--out`. The tokenizer part needs no checkpoint. A part whose inputs are unchanged is taken
-from the last run, so a stopped or repeated run goes on from there. A metric whose package is not installed is left out,
-and the report says what to install. The metrics themselves: `speech_metrics.py`.
+Writes `report.json` (every figure with its definition, interval and sample size), `report.md` and `report.html`
+(tables, plots and audio to listen to) into `--out`. The tokenizer part needs no checkpoint. A part whose inputs are
+unchanged is taken from the last run, so a stopped or repeated run goes on from there. A metric whose package is not
+installed is left out, and the report says what to install. The metrics themselves: `speech_metrics.py`, and of
+conversations `heard_conversations.py`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,18 @@ from evaluation_report import (
     write_report,
 )
 from generation import SHIPPED, SPEAKING, Reply, Sampling, check_tokenizer, read_speaking
-from heard_conversations import packages_missing
+from heard_conversations import (
+    MEASURES,
+    METRICS_OF_CONVERSATIONS,
+    Ears,
+    Heard,
+    Human,
+    Turn,
+    Turns,
+    packages_missing,
+)
 from inference_model import InferenceModel
+from listening_models import EmotionRecognizer, Squim
 from metric_validation import (
     conversations_of,
     draw_verdicts,
@@ -88,12 +99,16 @@ from token_cache import TokenCache
 from training import batch_losses
 from turn_shards import TurnRecord
 
-FORMAT = 1  # of the report and its parts; a part of another format is measured anew
+FORMAT = 2  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
 PLAYERS = 12  # clips that the page offers to listen to
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
 CONTEXT_TURNS = 4  # that a generated turn hears before it
+CONVERSED = (  # metrics of conversations that the report has of the model's turns and of the real ones
+    "pitch_spread", "level_spread", "rate", "pause_share", "pitch_contour", "prosody_distance", "emotional_coherence",
+    "dnsmos",
+)  # fmt: skip
 OF_REPLIES = ("max_replies", "codebooks", "temperature")  # settings that the tokenizer's part does not depend on
 REPLY_SECONDS = 8.0  # a generated turn is cut there
 
@@ -144,13 +159,6 @@ def depths(tokenizer: AudioTokenizer) -> list[int]:
     return sorted({k for k in (1, 4, S, S + 1, S + 6, K) if k <= K})
 
 
-@torch.inference_mode()
-def reconstruct(tokenizer: AudioTokenizer, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
-    """(N,) -> what the first k codebooks give back, (N,) each, for every k in `prefixes`."""
-    codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])  # (1, T, K)
-    return {k: tokenizer.decode(codes[..., :k])[0, : len(samples)].numpy() for k in prefixes}
-
-
 def evaluate_tokenizer(
     clips: list[Clip],
     more_clips: list[Clip],
@@ -166,7 +174,7 @@ def evaluate_tokenizer(
     waves: list[dict[str, np.ndarray]] = []
     rows: list[dict] = []
     for index, (turn, samples) in enumerate(tqdm(clips, desc="reconstructing", unit="clip")):
-        copies = reconstruct(tokenizer, samples, depths(tokenizer))
+        copies = tokenizer.copies(samples, depths(tokenizer))
         waves.append({ORIGINAL: samples, FULL: copies[K], SEMANTIC: copies[S]})
         for k, copy in copies.items():
             for metric, measure in tools.paired.items():
@@ -355,6 +363,7 @@ def evaluate_model(
         listen(tools.recognizer, tally, conversations, rows, waves)
     if tools.encoder is not None:
         compare_replies(tools, tally, conversations, waves, voices)
+    hear_conversations(tally, choices, waves)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "codes": model.config.codebook_size,
@@ -364,6 +373,35 @@ def evaluate_model(
         "device": device.type,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def conversation_metrics_missing() -> dict[str, str]:
+    """Metrics of `CONVERSED` that cannot be had here, and what to install."""
+    try:
+        missing = packages_missing()
+    except MissingRequirement as reason:
+        return dict.fromkeys(CONVERSED, str(reason))
+    return {metric: missing[metric] for metric in CONVERSED if metric in missing}
+
+
+def hear_conversations(
+    tally: Tally, choices: Sequence[tuple[Conversation, int]], waves: Sequence[dict[str, np.ndarray]]
+) -> None:
+    """`CONVERSED` of the generated and of the real turns, conversation by conversation."""
+    missing = conversation_metrics_missing()
+    turns: dict[str, dict[str, Turns]] = {GENERATED: {}, REAL: {}}  # system -> conversation -> its chosen turns
+    order = sorted(range(len(choices)), key=lambda i: choices[i][1])
+    for system, found in turns.items():
+        for conversation, index, samples in ((*choices[i], waves[i][system]) for i in order):
+            turn = conversation.turns[index]
+            found.setdefault(conversation_of(turn), []).append(Turn(turn.speaker_id, turn.text, samples, None))
+    wanted = [metric for metric in CONVERSED if metric not in missing]
+    human = Human.of(turns[REAL]) if wanted else Human({}, {})
+    for name in tqdm(turns[REAL], desc="prosody", unit="conversation", disable=not wanted):
+        for system, found in turns.items():
+            heard = Heard(name, found[name], turns[REAL][name], human, Ears())
+            for metric in wanted:
+                tally.add(metric, system, name, MEASURES[metric], heard)
 
 
 def compare_replies(
@@ -456,6 +494,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--listening", type=int, default=0, metavar="N", help=listen_help)
     answers_help = "count what listeners saved from that page, with the listening_key.json in --out"
     parser.add_argument("--answers", nargs="+", type=Path, metavar="FILE", help=answers_help)
+    ser_help = "with --systems: hear emotions by this audio classifier, a hub name or a folder (default: none)"
+    parser.add_argument("--ser", default="", metavar="MODEL", help=ser_help)
+    squim_help = "with --systems: also quality as SQUIM hears it; downloads its weights once"
+    parser.add_argument("--squim", action="store_true", help=squim_help)
     workers_help = "processes of --validate and --systems (default: number of cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
@@ -467,10 +509,8 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if args.tokenizer is None:
         args.tokenizer = SHIPPED / "tokenizer" if not TOKENIZER.is_dir() and SHIPPED.is_dir() else TOKENIZER
     if args.checkpoint is None:
-        shipped = args.tokenizer == SHIPPED / "tokenizer"
-        args.checkpoint = next((path for path in (CHECKPOINT, SHIPPED) if (path / "model.safetensors").is_file()), None)
-        if args.checkpoint == SHIPPED and not shipped:
-            args.checkpoint = None
+        own = SHIPPED if args.tokenizer == SHIPPED / "tokenizer" else CHECKPOINT
+        args.checkpoint = own if (own / "model.safetensors").is_file() else None
     spoken = {"temperature": Settings().temperature, **read_speaking(args.checkpoint or CHECKPOINT).sampling}
     for name in ("codebooks", "temperature"):
         if getattr(args, name) is None:
@@ -495,8 +535,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
         "format": FORMAT,
         "environment": describe_environment(),
         "settings": dataclasses.asdict(settings),
-        "metrics": {name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
-        "missing": tools.missing,
+        "metrics": {
+            **{name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
+            **{name: dataclasses.asdict(METRICS_OF_CONVERSATIONS[name]) for name in CONVERSED},
+        },
+        "missing": {**tools.missing, **(conversation_metrics_missing() if model is not None else {})},
     }
     report["tokenizer"] = reuse_or_measure(
         args.out,
@@ -508,6 +551,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
     if model is not None:
         own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
+        own["missing"] = sorted(conversation_metrics_missing())
         report["model"] = reuse_or_measure(
             args.out,
             "model",
@@ -519,11 +563,20 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     return {**report, "warnings": collect_warnings(report), "note": model_note(report)}
 
 
+def ears_of(args: argparse.Namespace) -> tuple[Ears, dict[str, str]]:
+    """What listens to conversations, and what of it lacks a package. MissingRequirement: a model that was asked for."""
+    if args.ser:
+        EmotionRecognizer(args.ser)  # fails now and not in every process
+    if args.squim:
+        Squim()
+    return Ears(args.asr, args.ser, args.squim), packages_missing()
+
+
 def validate(args: argparse.Namespace, settings: Settings) -> int:
     """Whether the metrics tell good from bad, on real held-out conversations of --data; the exit code."""
-    missing = packages_missing()
+    ears, missing = ears_of(args)
     chosen = conversations_of(args.data, settings.max_clips, settings.seed)
-    records = measure_all(chosen, missing, settings.asr, settings.seed, args.workers, args.out)
+    records = measure_all(chosen, missing, ears, settings.seed, args.workers, args.out)
     verdicts = judge(records, settings.seed)
     print_verdicts(verdicts)
     for metric, reason in missing.items():
@@ -550,9 +603,9 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
         raise ValueError("--systems: two of them have one name")
     if args.listening and len(args.systems) != 2:
         raise ValueError(f"--listening compares two systems, --systems names {len(args.systems)}")
-    missing = packages_missing()
+    ears, missing = ears_of(args)
     systems = [read_system(name, path) for name, path in args.systems]
-    measured = measure_systems(systems, missing, settings.asr, args.workers, args.out)
+    measured = measure_systems(systems, {**missing, **ears.missing()}, ears, args.workers, args.out)
     figures, found = figures_of(measured, settings.seed), differences(measured, settings.seed)
     report = {
         "format": FORMAT,

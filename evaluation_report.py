@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 
 from audio import read_audio, write_wav
 from checkpointing import write_atomically
-from speech_metrics import FEWEST_CONVERSATIONS, METRICS
+from speech_metrics import FEWEST_CONVERSATIONS, METRICS, Metric
 
 ORIGINAL, FULL, SEMANTIC = "original", "reconstruction", "semantic codebooks only"
 GENERATED, REAL = "generated", "real turn through the tokenizer"
@@ -113,9 +113,15 @@ def save_audio(folder: Path, name: str, systems: dict[str, np.ndarray]) -> dict[
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+def about(report: dict, metric: str) -> Metric:
+    """What a report says of one of its metrics."""
+    return Metric(**report["metrics"][metric])
+
+
 def collect_warnings(report: dict) -> list[str]:
     """What a reader must know before quoting a figure."""
-    found = [f"{METRICS[metric].title} was not measured: {reason}." for metric, reason in report["missing"].items()]
+    missing = report["missing"].items()
+    found = [f"{about(report, metric).title} was not measured: {reason}." for metric, reason in missing]
     for name in ("tokenizer", "model"):
         figures = (report[name] or {"figures": {}})["figures"]
         counts = [figure["conversations"] for systems in figures.values() for figure in systems.values() if figure["n"]]
@@ -129,7 +135,7 @@ def collect_warnings(report: dict) -> list[str]:
             for reason in reasons:
                 counts = [figure["excluded"].get(reason, 0) for figure in systems.values()]
                 found.append(
-                    f"{METRICS[metric].title} of the {name}: up to {max(counts)} clips left out in "
+                    f"{about(report, metric).title} of the {name}: up to {max(counts)} clips left out in "
                     f"{sum(map(bool, counts))} of {len(counts)} rows ({reason})."
                 )
     use = report["tokenizer"]["use"]
@@ -170,12 +176,20 @@ def show(metric: str, figure: dict, interval: bool = True) -> str:
     return text
 
 
+def lines_of(report: dict) -> list[tuple[str, str, str, int]]:
+    """Every figure: metric, system, value with interval, sample size."""
+    return [
+        (about(report, metric).title, system, show(metric, figure), figure["n"])
+        for name in ("tokenizer", "model")
+        for metric, systems in (report[name] or {"figures": {}})["figures"].items()
+        for system, figure in systems.items()
+    ]
+
+
 def print_summary(report: dict) -> None:
     """Every figure as one line, then what to know about them."""
-    for name in ("tokenizer", "model"):
-        for metric, systems in (report[name] or {"figures": {}})["figures"].items():
-            for system, figure in systems.items():
-                print(f"{METRICS[metric].title:40} {system:57} {show(metric, figure):28} n={figure['n']}")
+    for title, system, value, n in lines_of(report):
+        print(f"{title:40} {system:57} {value:28} n={n}")
     print(report["note"])
     for line in report["warnings"]:
         print(f"warning: {line}")
@@ -324,13 +338,13 @@ def image(plots: dict[str, str], name: str, text: str) -> str:
     return f'<img src="{html.escape(plots[name])}" alt="{html.escape(text)}">' if name in plots else ""
 
 
-def metric_tables(part: dict) -> str:
+def metric_tables(report: dict, name: str) -> str:
     """A table per metric: system, value with interval, sample sizes; its definition below the title."""
     parts = []
-    for metric, systems in part["figures"].items():
-        about = METRICS[metric]
-        parts.append(tag("h3", html.escape(about.title)))
-        text = f"{about.unit}; better: {about.better}. {about.definition} Compare: {about.reference}."
+    for metric, systems in report[name]["figures"].items():
+        m = about(report, metric)
+        parts.append(tag("h3", html.escape(m.title)))
+        text = f"{m.unit}; better: {m.better}. {m.definition} Compare: {m.reference}."
         parts.append(tag("p", html.escape(text), class_="small"))
         rows = [
             [
@@ -392,7 +406,7 @@ def cards(report: dict) -> str:
 
 def tokenizer_section(report: dict, plots: dict[str, str]) -> str:
     part = report["tokenizer"]
-    about = (
+    facts = (
         f"{len(part['clips'])} held-out clips, {sum(row['seconds'] for row in part['clips']):.0f} s. "
         f"{part['codebooks']} codebooks, the first {part['semantic_codebooks']} semantic, "
         f"{part['bits_per_second'] / 1000:.2f} kbit/s. Codebook use from {part['use']['frames']} frames of "
@@ -401,11 +415,11 @@ def tokenizer_section(report: dict, plots: dict[str, str]) -> str:
     return tag(
         "section",
         tag("h2", "Tokenizer")
-        + tag("p", about)
+        + tag("p", facts)
         + image(plots, "depth", "metrics over the number of codebooks")
         + image(plots, "spectrograms", "spectrograms of a clip and its copies")
         + image(plots, "use", "use of every codebook")
-        + metric_tables(part)
+        + metric_tables(report, "tokenizer")
         + tag("h3", "Listen")
         + players(part["clips"]),
     )
@@ -426,7 +440,7 @@ def model_section(report: dict, plots: dict[str, str]) -> str:
         + tag(
             "details", tag("summary", "Every codebook") + table(["codebook", "nats per code", "codes"], each, (0, 1, 2))
         )
-        + metric_tables(part)
+        + metric_tables(report, "model")
         + tag("h3", "Listen")
         + players(part["replies"]),
     )
@@ -441,7 +455,7 @@ def page(report: dict, plots: dict[str, str]) -> str:
     known += [[html.escape(key), tag("code", html.escape(f"{value}"))] for key, value in report["settings"].items()]
     sources = [
         [html.escape(m.title), html.escape(m.unit), html.escape(m.better), html.escape(m.source)]
-        for m in METRICS.values()
+        for m in (about(report, metric) for metric in report["metrics"])
     ]
     body = (
         tag("h1", "Evaluation")
@@ -469,8 +483,20 @@ def page(report: dict, plots: dict[str, str]) -> str:
     )
 
 
+def markdown(report: dict) -> str:
+    """The figures as a table, what to know about them, and what the metrics are."""
+    rows = [f"| {title} | {system} | {value} | {n} |" for title, system, value, n in lines_of(report)]
+    used = {metric for name in ("tokenizer", "model") for metric in (report[name] or {"figures": {}})["figures"]}
+    known = [m for metric in report["metrics"] if metric in used for m in [about(report, metric)]]
+    notes = [f"- {m.title} ({m.unit}; better: {m.better}): {m.definition} Source: {m.source}." for m in known]
+    head = ["| metric | | value (95 % interval) | n |", "|---|---|---|---|"]
+    warnings = [f"- {line}" for line in report["warnings"]]
+    return "\n".join(["# Evaluation", "", report["note"], "", *warnings, "", *head, *rows, "", *notes]) + "\n"
+
+
 def write_report(out: Path, report: dict) -> None:
-    """Write plots, then `report.html`, then `report.json`; each file appears whole or not at all."""
+    """Write plots, then `report.html`, `report.md` and `report.json`; each file appears whole or not at all."""
     plots = draw_plots(out, report)
     write_atomically(out / "report.html", page(report, plots).encode())
+    write_atomically(out / "report.md", markdown(report).encode())
     write_atomically(out / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 from tqdm import tqdm
 
 from audio import SAMPLE_RATE, encode_pcm16, read_audio, write_wav
@@ -109,14 +108,11 @@ def with_audio(data_dir: Path, conversations: list[Conversation]) -> Iterator[tu
             yield number, build_conversations(parts.pop(number))[0]
 
 
-@torch.inference_mode()
 def through(tokenizer: AudioTokenizer, codebooks: int | None, conversation: Conversation) -> Conversation:
     """The conversation as the first codebooks give it back, 24 kHz."""
-    turns = []
+    turns, depth = [], codebooks or tokenizer.config.n_codebooks
     for turn in conversation.turns:
-        samples = read_audio(turn.audio)[0]
-        codes = tokenizer.encode(torch.from_numpy(samples)[None])[..., :codebooks]  # (1, T, K)
-        copy = tokenizer.decode(codes)[0, : len(samples)].numpy()
+        copy = tokenizer.copies(read_audio(turn.audio)[0], [depth])[depth]
         turns.append(dataclasses.replace(turn, audio=encode_pcm16(copy, SAMPLE_RATE), sample_rate=SAMPLE_RATE))
     return dataclasses.replace(conversation, turns=tuple(turns))
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from command_line import MissingRequirement
 from transformer import Block, KVCache, Transformer, attend, behind
 
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
+COMPILERS = ("g++", "clang++", "cl")
 FEW_ROWS = 4  # from more on, a product of 8 bits is computed in the precision of its input
 
 
@@ -151,3 +155,47 @@ def turn(x: Tensor, turns: Tensor) -> None:
     turned = torch.view_as_complex(precise).mul_(turns)
     if precise.data_ptr() != x.data_ptr():
         x.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+class CompiledStep:
+    """One more position of one sequence through a stack, as one function that torch.compile has made: about half a
+    minute of work at the first call, seconds from torch's cache of compiled functions on disk afterwards.
+
+    Attention is over all `n_positions` with those to come hidden, so that all positions are of one shape.
+    MissingRequirement: no C++ compiler for a CPU.
+    """
+
+    def __init__(self, stack: FoldedStack, n_positions: int):
+        if stack.least.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), *COMPILERS))):
+            raise MissingRequirement(f"compiling needs a C++ compiler, one of {', '.join(COMPILERS)}; or go without")
+        self.stack = stack
+        like = stack.least
+        self.hidden = torch.full((n_positions, n_positions), -torch.inf, device=like.device).triu(1)
+        self.places = torch.arange(n_positions, device=like.device).unsqueeze(1)  # (S, 1)
+        self.function = torch.compile(functools.partial(_one_position, stack), dynamic=False, fullgraph=True)
+
+    def __call__(self, x: Tensor, turns: Tensor, cache: KVCache) -> Tensor:
+        """(1, 1, D), (1, 1, 1, d / 2) -> (1, 1, D), as the stack does it. The cache must be `n_positions` long."""
+        at = cache.length
+        cache.length += 1
+        angles = torch.view_as_real(turns[0, 0])  # (1, d / 2, 2)
+        return self.function(x[0], angles, cache.both, self.places[at], self.hidden[at])[None]
+
+
+def _one_position(stack: FoldedStack, x: Tensor, angles: Tensor, both: Tensor, place: Tensor, hidden: Tensor) -> Tensor:
+    """(1, D), cosines and sines (1, d / 2, 2), the cache (L, 1, 2 G, S, d), (1,) where to write, (S,) what is not to be
+    seen -> (1, D)"""
+    c = stack.config
+    H, G, turned = c.n_heads, c.n_kv_heads, c.n_heads + c.n_kv_heads
+    cos, sin = angles.unbind(-1)
+    for layer, block in enumerate(stack.blocks):
+        qkv = block.qkv(stack.direction(x)).view(-1, c.d_head)  # (H + 2 G, d)
+        even, odd = qkv[:turned].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+        both[layer, 0].index_copy_(1, place, torch.cat((pairs[H:], qkv[turned:]))[:, None])
+        keys, values = both[layer, 0].split(G)  # (G, S, d)
+        scores = pairs[:H].view(G, H // G, -1) @ keys.mT + hidden.to(x.dtype)
+        x = block.out((scores.softmax(dim=-1) @ values).view(1, -1)) + x
+        gate, up = block.gate_up(stack.direction(x)).chunk(2, dim=-1)
+        x = block.down(F.silu(gate) * up) + x
+    return x

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,21 @@ from tqdm import tqdm
 import conversation_metrics as cm
 from audio import SAMPLE_RATE, resample
 from command_line import MissingRequirement
+from content_recall import CONTENT_RECALL, SYSTEM, answers_to, recalled
 from conversations import Conversation
+from listening_models import LISTENER_METRICS, EmotionRecognizer, Squim
+from pronunciation import PRONUNCIATION_METRICS, PronunciationReader, homographs_right, pronunciation_kept
 from speech_filters import RATE as DNSMOS_RATE
 from speech_filters import dnsmos
 from speech_metrics import METRICS, Metric, NotMeasurable, Recognizer, SpeakerEncoder, count_errors
 from spoken_validation import NEEDS
 
 PACKAGES = "python setup_environment.py --extras data eval filters"
+NEEDED = {  # beside those of the tokenizer's metrics
+    "dnsmos": ("speechmos",),
+    "homographs": ("pocketsphinx",),
+    "pronunciation_kept": ("pocketsphinx",),
+}
 OF_VOICES = ("speaker_similarity", "character_run", "character_half", "character_drift", "confusion")
 
 
@@ -71,11 +81,13 @@ def hash_of(turns: Turns) -> str:
 # ---- metrics of conversations ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Ears:
-    """The models that listen, loaded at the first use."""
+    """The models that listen, loaded at the first use; those of "" and False are not asked."""
 
-    def __init__(self, asr: str):
-        self.asr = asr
+    asr: str = "bundled"
+    ser: str = ""
+    squim: bool = False
 
     @functools.cached_property
     def recognizer(self) -> Recognizer:
@@ -84,6 +96,23 @@ class Ears:
     @functools.cached_property
     def encoder(self) -> SpeakerEncoder:
         return SpeakerEncoder()
+
+    @functools.cached_property
+    def reader(self) -> PronunciationReader:
+        return PronunciationReader()
+
+    @functools.cached_property
+    def emotions(self) -> EmotionRecognizer:
+        return EmotionRecognizer(self.ser)
+
+    @functools.cached_property
+    def quality(self) -> Squim:
+        return Squim()
+
+    def missing(self) -> dict[str, str]:
+        """Metrics that nobody asked for, and how to."""
+        absent = {} if self.ser else {"emotion_agreement": "--ser MODEL"}
+        return absent | ({} if self.squim else dict.fromkeys(("squim_pesq", "squim_stoi"), "--squim"))
 
     def embeddings(self, turns: Turns) -> tuple[np.ndarray, list[str]]:
         """(n, D) of the turns long enough, and their speakers."""
@@ -127,7 +156,7 @@ class Human:
         )
         for name, turns in conversations.items():
             with contextlib.suppress(NotMeasurable):
-                found.gaps[name] = Heard(name, turns, turns, found, Ears("")).gaps
+                found.gaps[name] = Heard(name, turns, turns, found, Ears()).gaps
         return found
 
     def gaps_but(self, name: str) -> list[float]:
@@ -167,7 +196,9 @@ class Heard:
     def coherence(self) -> float:
         pairs = zip(self.prosody, prosody_of_turns(self.original), strict=True)
         whole = [pair for pair in pairs if pair[0] and pair[1]]
-        heard, real = zip(*whole, strict=True) if whole else ((), ())
+        if not whole:
+            raise NotMeasurable("no turn of the conversation can be measured")
+        heard, real = zip(*whole, strict=True)
         return cm.rank_correlation(cm.arousal(heard), cm.arousal(real))
 
     def errors(self) -> float:
@@ -177,6 +208,21 @@ class Heard:
             for turn in self.turns
         ]
         return sum(each.wrong for each in counts) / sum(each.words for each in counts)
+
+    def quality(self, turn: Turn, which: int) -> float:
+        """SQUIM's STOI or PESQ of a turn."""
+        return self.ears.quality.stoi_pesq(turn.samples)[which]
+
+    def style_kept(self) -> float:
+        human = [prosody for _, prosody in self.human.prosody_but(self.name)]
+        return _mean(cm.style_kept(self.prosody, human))
+
+    def recall(self) -> float:
+        answers_to(self.name)  # says so before anything is transcribed
+        last = self.turns[-1]
+        if last.speaker != str(SYSTEM) or not len(last.samples):
+            return 0.0  # the system said nothing
+        return recalled(self.name, self.ears.recognizer.transcribe(last.samples))
 
     def confusion(self) -> float:
         return _mean(cm.confused(*self.ears.embeddings(self.turns)).tolist())
@@ -206,10 +252,23 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "character_drift": lambda heard: _mean(each.drift for each in heard.characters),
     "confusion": Heard.confusion,
     "speaker_similarity": Heard.similarity,
+    "style_kept": Heard.style_kept,
+    "content_recall": Heard.recall,
     "gap": lambda heard: cm.gap(heard.gaps),
     "overlap": lambda heard: cm.overlap(heard.gaps),
     "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
+    "emotion_agreement": lambda heard: heard.per_turn(
+        lambda now, real: heard.ears.emotions.agreement(now.samples, real.samples)
+    ),
+    "squim_stoi": lambda heard: _mean(_or_none(heard.quality, turn, 0) for turn in heard.turns),
+    "squim_pesq": lambda heard: _mean(_or_none(heard.quality, turn, 1) for turn in heard.turns),
     "wer": Heard.errors,
+    "homographs": lambda heard: homographs_right(
+        heard.ears.reader, [(turn.text, turn.samples) for turn in heard.turns]
+    ),
+    "pronunciation_kept": lambda heard: pronunciation_kept(
+        heard.ears.reader, [(turn.speaker, turn.text, turn.samples) for turn in heard.turns]
+    ),
     "dnsmos": lambda heard: _mean(
         dnsmos(resample(turn.samples, SAMPLE_RATE, DNSMOS_RATE)) for turn in heard.turns if len(turn.samples)
     ),
@@ -218,6 +277,9 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
 
 METRICS_OF_CONVERSATIONS: dict[str, Metric] = {
     **{name: metric for name, metric in {**METRICS, **cm.CONVERSATION_METRICS}.items() if name in MEASURES},
+    "content_recall": CONTENT_RECALL,
+    **PRONUNCIATION_METRICS,
+    **LISTENER_METRICS,
     "dnsmos": Metric(
         title="DNSMOS, overall",
         unit="MOS, 1 to 5",
@@ -237,12 +299,28 @@ def packages_missing() -> dict[str, str]:
     ]:
         raise MissingRequirement(f"{', '.join(absent)} not installed: {PACKAGES}")
     missing = {}
-    for metric, packages in {**NEEDS, "dnsmos": ("speechmos",)}.items():
+    for metric, packages in {**NEEDS, **NEEDED}.items():
         if absent := [name for name in packages if not importlib.util.find_spec(name)]:
             missing[metric] = f"{', '.join(absent)} not installed: {PACKAGES}"
     if "speaker_similarity" in missing:
         missing |= dict.fromkeys(OF_VOICES, missing["speaker_similarity"])
     return {metric: reason for metric, reason in missing.items() if metric in MEASURES}
+
+
+# ---- what is kept from run to run ------------------------------------------------------------------------------------
+
+
+def kept_lines(path: Path) -> list:
+    """The JSON values that earlier runs wrote, one a line. What a kill cut off is removed, so that more can follow."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    found = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 # ---- in several processes --------------------------------------------------------------------------------------------

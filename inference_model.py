@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import CSM, CSMCache
-from folded_stack import FoldedStack, product, weights_of
+from folded_stack import CompiledStep, FoldedStack, product, weights_of
 from frames import Rows
 from transformer import KVCache
 
 
 class InferenceModel:
-    """The weights that `model` has now: make another one when they change. ValueError for 8 bits off a CPU."""
+    """The weights that `model` has now: make another one when they change. ValueError for 8 bits off a CPU.
 
-    def __init__(self, model: CSM, int8: bool = False):
+    Compiled, frames of one conversation at a time are faster; what several need at once is not compiled.
+    """
+
+    def __init__(self, model: CSM, int8: bool = False, compiled: bool = False):
         self.model, self.config = model, model.config
-        self.depth = DepthLoop(model, int8)
+        self.depth = DepthLoop(model, int8, compiled)
         self.backbone = FoldedStack(model.backbone, int8).forward if int8 else model.backbone
 
     def hidden(self, rows: Rows, cache: CSMCache) -> Tensor:
@@ -36,7 +39,7 @@ class DepthLoop:
     """Codes of frames from backbone states."""
 
     @torch.no_grad()
-    def __init__(self, model: CSM, int8: bool = False):
+    def __init__(self, model: CSM, int8: bool = False, compiled: bool = False):
         self.model = model
         V = model.config.codebook_size  # no special codes
         self.stack = FoldedStack(model.depth, int8)
@@ -45,16 +48,19 @@ class DepthLoop:
         self.inputs = model.projection(model.audio_embedding.weight)  # (K A, E) what the decoder reads of each code
         positions = torch.arange(model.config.n_codebooks, device=model.depth.frequencies.device)[None]
         self.turns = self.stack.turns(positions)  # (1, 1, K, d / 2)
+        self.step = CompiledStep(self.stack, model.config.n_codebooks) if compiled else None
 
     def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D) backbone states, (N, k) first codes -> (N, stop); `choose` makes (N,) codes of (N, V) logits."""
         N, k = codes.shape
         inputs = torch.cat((self.model.projection(hidden)[:, None], self.read(codes, 0)), dim=1)  # (N, k + 1, E)
-        cache = KVCache(self.stack.config, N, stop, inputs)
+        compiled = self.step is not None and N == 1
+        cache = KVCache(self.stack.config, N, self.model.config.n_codebooks if compiled else stop, inputs)
         drawn = [codes]
         for codebook in range(k, stop):
             turns = self.turns[:, :, cache.length : cache.length + inputs.size(1)]
-            states = self.stack(inputs, turns, cache)[:, -1]
+            step = self.step if compiled and inputs.size(1) == 1 else self.stack
+            states = step(inputs, turns, cache)[:, -1]
             code = choose(self.heads[codebook - 1](self.stack.direction(states)))
             drawn.append(code[:, None])
             if codebook < stop - 1:

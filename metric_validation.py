@@ -11,7 +11,6 @@ What is done is kept in `validation.jsonl` and not done again. Knows nothing of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -38,6 +37,7 @@ from heard_conversations import (
     Turns,
     hash_of,
     in_processes,
+    kept_lines,
     turns_of,
 )
 from speech_metrics import NotMeasurable
@@ -74,6 +74,15 @@ def voice_leaves(turns: Turns, severity: float, lots: np.random.Generator) -> Tu
         samples = degradations.change_speaker(turn.samples, severity * later, lots)
         changed.append(dataclasses.replace(turn, samples=samples))
     return changed
+
+
+def style_leaves(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """The second half of the turns is spoken excitedly."""
+    half = len(turns) // 2
+    return [
+        dataclasses.replace(turn, samples=degradations.excite(turn.samples, severity * (place >= half), lots))
+        for place, turn in enumerate(turns)
+    ]
 
 
 def voices_swapped(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
@@ -222,6 +231,12 @@ DEGRADATIONS = {
         severities=SHARES,
         expected={"character_run": FALLS, "character_half": FALLS, "character_drift": FALLS, "gap": BLIND},
     ),
+    "another style from the middle on": Degradation(
+        title="excitement of the second half",
+        change=style_leaves,
+        severities=(0.0, 0.5, 1.0, 1.5, 2.0),
+        expected={"style_kept": FALLS, "gap": BLIND},
+    ),
     "exchanged speakers": Degradation(
         title="share of the turns spoken by the other character",
         change=voices_swapped,
@@ -316,8 +331,8 @@ def wanted(missing: Iterable[str]) -> dict[str, list[str]]:
 _WORKER: dict = {}
 
 
-def start_worker(human: Human, asr: str, seed: int) -> None:
-    _WORKER.update(human=human, ears=Ears(asr), seed=seed)
+def start_worker(human: Human, ears: Ears, seed: int) -> None:
+    _WORKER.update(human=human, ears=ears, seed=seed)
 
 
 def measure_in_worker(name: str, original: Turns, which: str, metrics: Sequence[str]) -> list[Record]:
@@ -325,12 +340,12 @@ def measure_in_worker(name: str, original: Turns, which: str, metrics: Sequence[
 
 
 def measure_all(
-    conversations: dict[str, Turns], missing: Iterable[str], asr: str, seed: int, workers: int, out: Path
+    conversations: dict[str, Turns], missing: Iterable[str], ears: Ears, seed: int, workers: int, out: Path
 ) -> list[Record]:
     """Every degradation of every conversation; what `out` holds already from the same audio is not measured again."""
-    key = hashlib.sha256(json.dumps([seed, asr, [hash_of(turns) for turns in conversations.values()]]).encode())
+    key = hashlib.sha256(json.dumps([seed, str(ears), [hash_of(turns) for turns in conversations.values()]]).encode())
     path = out / f"{key.hexdigest()[:12]}-{RECORDS}"
-    done = read_records(path)
+    done = [Record(**row) for row in kept_lines(path)]
     seen = {(record.conversation, record.degradation, record.metric) for record in done}
     jobs = [
         (name, turns, which, left)
@@ -340,20 +355,11 @@ def measure_all(
     ]
     human = Human.of(conversations)
     with open(path, "a", encoding="utf-8") as file:
-        for _, found in in_processes(measure_in_worker, jobs, workers, start_worker, (human, asr, seed), "validating"):
+        for _, found in in_processes(measure_in_worker, jobs, workers, start_worker, (human, ears, seed), "validating"):
             file.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in found)
             file.flush()
             done += found
     return done
-
-
-def read_records(path: Path) -> list[Record]:
-    """What an earlier run left; a line that a kill cut off is measured again."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError):
-            found.append(Record(**json.loads(line)))
-    return found
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------------

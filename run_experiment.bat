@@ -7,11 +7,13 @@ if "%~1"=="" goto start
 if "%~1"=="--help" goto usage
 if "%~1"=="-h" goto usage
 if "%~1"=="/?" goto usage
+if "%~1"=="full" goto full
 echo error: unknown argument %1; run_experiment.bat --help explains 1>&2
 exit /b 2
 
 :usage
 echo usage: run_experiment.bat [--help]
+echo        run_experiment.bat full [--scale full or smoke] [--out DIR]
 echo.
 echo Runs the whole experiment on this machine, without a GPU if there is none:
 echo   [1/6] setup_environment.py     makes .venv and installs the pinned packages
@@ -21,11 +23,20 @@ echo   [4/6] train_minimal.py         trains a small speech model for 100 steps 
 echo   [5/6] evaluation_framework.py  measures both and writes runs\report\report.html
 echo   [6/6] demo.py --mode test      speaks fixed conversations into runs\demo\
 echo.
+echo With "full": trains a voice that reads numbers, times, dates and prices, by recipes\nano_voice.py.
+echo.
 echo Run it again after a stop or a failure: what is done is skipped, what was begun is resumed.
 echo Environment variable: PYTHON, the Python (3.10 to 3.13) that makes .venv, for example
 echo   set "PYTHON=py -3.12"
 echo Exit code: 0, or that of the step that stopped (each command's --help lists them); 2 for a wrong argument.
 exit /b 0
+
+:full
+cd /d "%~dp0" || exit /b 4
+if not defined PYTHON set "PYTHON=python"
+set "PYTHONUTF8=1"
+%PYTHON% recipes\nano_voice.py %2 %3 %4 %5
+exit /b %ERRORLEVEL%
 
 :start
 cd /d "%~dp0" || exit /b 4

@@ -16,7 +16,7 @@ Runs the whole experiment on this machine, without a GPU if there is none:
   [6/6] demo.py --mode test      speaks fixed conversations into runs/demo/
 
 With "full": trains a voice that reads numbers, times, dates and prices, about an hour and a half on 2 CPU cores, by
-recipes/nano_voice.sh, into runs/voice/ or DIR; --scale smoke takes the same steps in minutes, into runs/smoke/.
+recipes/nano_voice.py, into runs/voice/ or DIR; --scale smoke takes the same steps in minutes, into runs/smoke/.
 
 Run it again after a stop or a failure: what is done is skipped, what was begun is resumed.
 Environment variable: PYTHON, the Python (3.10 to 3.13) that makes .venv, for example
@@ -25,47 +25,35 @@ Exit code: 0, or that of the step that stopped (each command's --help lists them
 TEXT
 }
 
-steps=6 mode="" scale=full out=""
-while [ $# -gt 0 ]; do
-    case "$mode$1" in
-        -h | --help | full-h | full--help)
-            usage
-            exit 0
-            ;;
-        full) mode=full steps=7 ;;
-        full--scale | full--out)
-            case "$1=${2:-}" in
-                --scale=full | --scale=smoke) scale="$2" ;;
-                --out=?*) out="$2" ;;
-                *)
-                    echo "error: $1 ${2:-}: expected --scale full, --scale smoke or --out DIR" >&2
-                    exit 2
-                    ;;
-            esac
-            shift
-            ;;
-        *)
-            echo "error: unknown argument $1; ./run_experiment.sh --help explains" >&2
-            exit 2
-            ;;
-    esac
-    shift
-done
+case "${1:-}" in
+    "" | full) ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    *)
+        echo "error: unknown argument $1; ./run_experiment.sh --help explains" >&2
+        exit 2
+        ;;
+esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 4
 setup_python="${PYTHON:-python3}"
 venv_python=".venv/bin/python"
-again="" # what else to type to go on
+if [ "${1:-}" = full ]; then
+    shift
+    exec "$setup_python" recipes/nano_voice.py "$@"
+fi
 trap : INT # Ctrl-C ends the step under way, which saves first; its exit code then ends this script
 
 step() { # number, what it does, command...
     local number="$1" title="$2" code=0 start="$SECONDS"
     shift 2
-    printf '\n[%s/%s] %s\n      $ %s\n' "$number" "$steps" "$title" "$*"
+    printf '\n[%s/6] %s\n      $ %s\n' "$number" "$title" "$*"
     "$@" || code=$?
     if [ "$code" -ne 0 ]; then
-        echo "step $number of $steps stopped with exit code $code: $*" >&2
-        echo "what is done is kept; to go on: ./run_experiment.sh$again" >&2
+        echo "step $number of 6 stopped with exit code $code: $*" >&2
+        echo "what is done is kept; to go on: ./run_experiment.sh" >&2
         exit "$code"
     fi
     echo "      done in $((SECONDS - start)) s"
@@ -73,16 +61,6 @@ step() { # number, what it does, command...
 
 step 1 "Environment: make .venv and install the pinned packages (2 to 5 GB, some minutes the first time)" \
     "$setup_python" setup_environment.py --extras data eval
-if [ "$mode" = full ]; then
-    again=" full --scale $scale${out:+ --out $out}"
-    [ -n "$out" ] || { [ "$scale" = full ] && out=runs/voice || out=runs/smoke; }
-    # shellcheck source=recipes/nano_voice.sh
-    . recipes/nano_voice.sh
-    printf '\nDone in %d min %d s.\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
-    echo "  speak with it    $venv_python demo.py --checkpoint $out/voice"
-    echo "  report           $out/report/report.html"
-    exit 0
-fi
 step 2 "Data: speak half an hour of two-speaker dialogues with an installed voice" \
     "$venv_python" collect_data.py --sources synthetic --target_hours 0.5
 step 3 "Tokenizer: learn to turn 24 kHz audio into 12.5 frames of 32 codes per second, and back" \

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,18 @@ class ConvNeXtBlock(nn.Module):
         return x
 
 
+class Disguise(NamedTuple):
+    """Another voice with the same words, for the content branch in training; each (B,)."""
+
+    factors: Tensor  # of all frequencies
+    tilt: Tensor  # dB per octave around 1 kHz
+    bump_hz: Tensor  # centre of a resonance an octave wide
+    bump_db: Tensor
+
+    def part(self, rows: slice, device: torch.device) -> Disguise:
+        return Disguise(*(x[rows].to(device) for x in self))
+
+
 class EncoderState(NamedTuple):
     samples: Tensor  # (B, FFT - HOP) the last samples
     stem: Tensor  # (n_stem, B, KERNEL - 1, d_stem)
@@ -168,9 +181,12 @@ class Encoder(nn.Module):
             mel = spectrum.transpose(1, 2) @ self.mel_bank  # (B, F, n_mels)
             return 0.5 * (mel.clamp(min=LOG_MEL_FLOOR).log() + 5)
 
-    def warp(self, mel: Tensor, factors: Tensor) -> Tensor:
-        """(B, F, n_mels) as it would be if all frequencies were `factors` (B,) times as high: another voice."""
-        wanted = self.centres / factors[:, None]  # (B, n_mels) Hz
+    def disguised(self, mel: Tensor, other: Disguise) -> Tensor:
+        """(B, F, n_mels) as another voice with the same words would give it."""
+        octaves = (self.centres[None] / other.bump_hz[:, None]).log2()  # (B, n_mels)
+        gain_db = other.tilt[:, None] * (self.centres / 1000).log2() + other.bump_db[:, None] * (-2 * octaves**2).exp()
+        mel = mel + 0.5 * math.log(10) / 20 * gain_db[:, None]  # half the natural logarithm, as in `log_mel`
+        wanted = self.centres / other.factors[:, None]  # (B, n_mels) Hz
         above = torch.searchsorted(self.centres, wanted).clamp(1, len(self.centres) - 1)
         low, high = self.centres[above - 1], self.centres[above]
         share = ((wanted - low) / (high - low)).clamp(0, 1)[:, None]  # (B, 1, n_mels)
@@ -183,16 +199,16 @@ class Encoder(nn.Module):
         return fine.unflatten(1, (-1, FINE)).flatten(2), state
 
     def forward(
-        self, wave: Tensor, state: EncoderState, warps: Tensor | None = None
+        self, wave: Tensor, state: EncoderState, disguise: Disguise | None = None
     ) -> tuple[Tensor, Tensor, EncoderState]:
         """(B, T * FRAME_SAMPLES) -> content latents and acoustic latents, each (B, T, codebook_dim), and the state.
 
-        With `warps` (B,) the content branch hears its frequencies multiplied by them; for training.
+        With a disguise the content branch hears another voice; for training.
         """
         samples = torch.cat([state.samples, wave], dim=1)
         mel = self.log_mel(samples)
         frames, stem = self.frames(mel, state.stem)
-        told = frames if warps is None else self.frames(self.warp(mel, warps), state.stem)[0]
+        told = frames if disguise is None else self.frames(self.disguised(mel, disguise), state.stem)[0]
         content, content_state = self.content(self.to_content(told), state.content)
         acoustic, acoustic_state = self.acoustic(self.to_acoustic(frames), state.acoustic)
         new_state = EncoderState(samples[:, -(FFT - HOP) :], stem, content_state, acoustic_state)
@@ -311,12 +327,12 @@ class RVQTokenizer(AudioTokenizer):
     def device(self) -> torch.device:
         return self.semantic_out.weight.device
 
-    def latents(self, wave: Tensor, warps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def latents(self, wave: Tensor, disguise: Disguise | None = None) -> tuple[Tensor, Tensor]:
         """(B, T * FRAME_SAMPLES) -> content and acoustic latents before quantisation, each (B, T, codebook_dim).
 
-        `warps` (B,) as in `Encoder.forward`.
+        `disguise` as in `Encoder.forward`.
         """
-        content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave)), warps)
+        content, acoustic, _ = self.encoder(wave, self.encoder.initial_state(len(wave)), disguise)
         return content, acoustic
 
     def mix(self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor | int) -> Tensor:
@@ -333,13 +349,13 @@ class RVQTokenizer(AudioTokenizer):
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
     def autoencode(
-        self, wave: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0, warps: Tensor | None = None
+        self, wave: Tensor, acoustic_depth: Tensor, content_gradient: float = 1.0, disguise: Disguise | None = None
     ) -> Tensor:
         """Without quantisation: (B, N) -> (B, N). Samples with `acoustic_depth` (B,) of 0 use the content alone.
 
         The gradient of the reconstruction reaches the content branch times `content_gradient`.
         """
-        content, acoustic = self.latents(wave, warps)
+        content, acoustic = self.latents(wave, disguise)
         content = scale_gradient(content, content_gradient)
         heard = acoustic_depth > 0
         depth = heard * self.config.n_acoustic_codebooks
@@ -351,10 +367,10 @@ class RVQTokenizer(AudioTokenizer):
         semantic_depth: Tensor,
         acoustic_depth: Tensor,
         content_gradient: float = 1.0,
-        warps: Tensor | None = None,
+        disguise: Disguise | None = None,
     ) -> Reconstruction:
         """(B, T * FRAME_SAMPLES) and the codebooks each sample keeps (B,) -> reconstruction through the quantisers."""
-        content, acoustic = self.latents(wave, warps)
+        content, acoustic = self.latents(wave, disguise)
         semantic = self.semantic(scale_gradient(content, content_gradient), semantic_depth)
         detail = self.acoustic(acoustic, acoustic_depth)
         codes = torch.cat([semantic.codes, detail.codes], dim=-1)

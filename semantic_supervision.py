@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codec_batches import SPREAD, SemanticBatch
+from rvq_tokenizer import KERNEL, ConvNeXtBlock
+
+READER_BLOCKS = 3
 
 
 class SemanticNats(NamedTuple):
@@ -25,43 +28,49 @@ class SemanticNats(NamedTuple):
     teacher: Tensor  # () 1 - cosine to the teacher's features, mean over the frames; 0 without a teacher
 
 
+class Reader(nn.Module):
+    """Log-probabilities of characters and CTC's blank from latents: ConvNeXt blocks that see both sides."""
+
+    def __init__(self, dim: int, n_characters: int, width: int):
+        super().__init__()
+        self.spread = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, SPREAD * width))
+        self.blocks = nn.ModuleList(ConvNeXtBlock(width) for _ in range(READER_BLOCKS))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_characters + 1))
+
+    def forward(self, latents: Tensor, live: Tensor) -> Tensor:
+        """(B, T, D) and the frames that count (B, T) -> (B, SPREAD * T, characters + blank); padding counts nothing."""
+        live = live.repeat_interleave(SPREAD, dim=1)[..., None]  # (B, SPREAD * T, 1)
+        x = self.spread(latents).unflatten(2, (SPREAD, -1)).flatten(1, 2) * live  # (B, SPREAD * T, width)
+        for block in self.blocks:
+            x = (x + block(F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2)))) * live
+        return self.head(x).float().log_softmax(dim=-1)
+
+    def nats(self, latents: Tensor, batch: SemanticBatch) -> Tensor:
+        """() nats per character of whole utterances."""
+        log_probabilities = self(latents, batch.live(latents.size(1))).transpose(0, 1)
+        lengths = (SPREAD * batch.n_frames, batch.n_characters)
+        nats = F.ctc_loss(log_probabilities, batch.characters, *lengths, reduction="none")  # (B,)
+        return (nats / batch.n_characters).mean()
+
+
 class SemanticHeads(nn.Module):
     """Characters, speaker and a teacher's features from the quantised semantic latents; thrown away after training."""
 
     def __init__(self, dim: int, n_characters: int, n_speakers: int, feature_width: int = 0, width: int = 192):
         super().__init__()
-        self.spread = nn.Linear(dim, SPREAD * width)
-        self.mix = nn.Sequential(
-            nn.GELU(),
-            nn.Conv1d(width, width, 7, padding=3),
-            nn.GELU(),
-            nn.Conv1d(width, width, 7, padding=3),
-            nn.GELU(),
-        )
-        self.characters_head = nn.Linear(width, n_characters + 1)
+        self.reader = Reader(dim, n_characters, width)
         self.speaker_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, n_speakers))
         self.teacher_head = nn.Linear(dim, feature_width) if feature_width else None
 
-    def log_probabilities(self, latents: Tensor) -> Tensor:
-        """(B, T, D) -> (B, SPREAD * T, characters + blank)"""
-        fine = self.spread(latents).unflatten(2, (SPREAD, -1)).flatten(1, 2)  # (B, SPREAD * T, width)
-        fine = self.mix(fine.transpose(1, 2)).transpose(1, 2)
-        return self.characters_head(fine).float().log_softmax(dim=-1)
-
     def forward(self, latents: Tensor, batch: SemanticBatch) -> SemanticNats:
         """(B, T, D) of whole utterances."""
-        log_probabilities = self.log_probabilities(latents)
-        nats = F.ctc_loss(
-            log_probabilities.transpose(0, 1),
-            batch.characters,
-            SPREAD * batch.n_frames,
-            batch.n_characters,
-            reduction="none",
-        )  # (B,)
-        live = torch.arange(latents.size(1), device=latents.device) < batch.n_frames[:, None]  # (B, T)
-        speaker = F.cross_entropy(self.speakers_of(latents.detach(), live), batch.speakers)
-        told = self.teacher_distance(latents, batch.features, live)
-        return SemanticNats((nats / batch.n_characters).mean(), speaker, self.confusion(latents, live), told)
+        live = batch.live(latents.size(1))
+        return SemanticNats(
+            self.reader.nats(latents, batch),
+            F.cross_entropy(self.speakers_of(latents.detach(), live), batch.speakers),
+            self.confusion(latents, live),
+            self.teacher_distance(latents, batch.features, live),
+        )
 
     def speakers_of(self, latents: Tensor, live: Tensor, frozen: bool = False) -> Tensor:
         """(B, T, D) and the frames that count (B, T) -> (B, speakers) log-odds, means over the frames."""
@@ -86,3 +95,15 @@ class SemanticHeads(nn.Module):
             return latents.new_zeros(())
         cosine = F.cosine_similarity(self.teacher_head(latents).float(), features, dim=2)  # (B, T)
         return (((1 - cosine) * live).sum(dim=1) / live.sum(dim=1)).mean()
+
+
+def disagreement(one: Tensor, other: Tensor, live: Tensor) -> Tensor:
+    """(B, T, D) latents of two disguises of the same utterances and the frames that count (B, T) -> (): mean squared
+    distance, in units of that of two frames of the utterance, so that small latents are no better than large ones."""
+    share = (live / live.sum(dim=1, keepdim=True))[..., None]  # (B, T, 1)
+
+    def spread(x: Tensor) -> Tensor:
+        return ((x - (share * x).sum(dim=1, keepdim=True)).square() * share).sum(dim=(1, 2))  # (B,)
+
+    apart = ((one - other).square() * share).sum(dim=(1, 2))  # (B,)
+    return (apart / (spread(one) + spread(other)).clamp(min=1e-6)).mean()

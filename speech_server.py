@@ -265,8 +265,9 @@ class Talks:
         return self.kept[name]
 
     def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
-        """A conversation in which the speaker was heard in that voice. ValueError for one that is not there."""
-        if voice not in (None, "", NO_VOICE):
+        """A conversation in which the speaker was heard in that voice. ValueError for one that is not there; where no
+        voice was collected every name means the model's own, as clients of OpenAI's endpoint must name one."""
+        if self.voices and voice not in (None, "", NO_VOICE):
             if voice not in self.voices:
                 raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
             clip = self.voices[voice]

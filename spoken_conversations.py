@@ -109,13 +109,14 @@ class Voice:
     dtype: str = "fp32"
     int8: bool = False  # weights of 8 bits, on a CPU
     raw_text: bool = False  # texts are spoken as they are written
+    compiled: bool = False
 
     def load(self) -> Engine:
         device = pick_device(self.device)
         path = find_weights(self.checkpoint) if self.checkpoint == CSM_1B else Path(self.checkpoint)
         model = load_published(path) if path.exists() and not is_ours(path) else load_model(path)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-        inference = InferenceModel(model.to(device, DTYPES[self.dtype]), self.int8)
+        inference = InferenceModel(model.to(device, DTYPES[self.dtype]), self.int8, self.compiled)
         return Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
 
     def identity(self) -> dict:

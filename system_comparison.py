@@ -11,7 +11,6 @@ answered is counted by `preferences`. Knows nothing of models or tokenizers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import html
@@ -39,11 +38,13 @@ from heard_conversations import (
     Turns,
     hash_of,
     in_processes,
+    kept_lines,
 )
 from speech_metrics import FEWEST_CONVERSATIONS, RESAMPLES, Figure, Item, NotMeasurable, bootstrap, normalise
 from speech_sources import load, read_recordings
 
-AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "speaker_similarity")  # turn by turn
+AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "emotion_agreement", "speaker_similarity")  # turn by turn
+OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall")  # that were written for them
 FLIPS = 10_000  # of the signs of the differences
 RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"
@@ -117,8 +118,8 @@ def aligned(turns: Turns, real: Turns | None) -> bool:
 _WORKER: dict = {}
 
 
-def start_worker(human: Human, asr: str) -> None:
-    _WORKER.update(human=human, ears=Ears(asr))
+def start_worker(human: Human, ears: Ears) -> None:
+    _WORKER.update(human=human, ears=ears)
 
 
 def measure_in_worker(
@@ -139,22 +140,25 @@ def measure_in_worker(
 
 
 def measure_systems(
-    systems: Sequence[System], missing: Iterable[str], asr: str, workers: int, out: Path
+    systems: Sequence[System], missing: Iterable[str], ears: Ears, workers: int, out: Path
 ) -> dict[str, dict[str, dict[str, tuple[float | None, str]]]]:
     """system -> conversation -> metric -> value or reason. Values are kept in `out` by a hash of the audio."""
     reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
     human = Human.of(reference.conversations)
     whole = hashlib.sha256("".join(hash_of(turns) for turns in reference.conversations.values()).encode()).hexdigest()
-    known = read_measured(out / MEASURED)
+    known = {
+        row["key"]: {metric: tuple(value) for metric, value in row["values"].items()}
+        for row in kept_lines(out / MEASURED)
+    }
     jobs = {}
     for system in systems:
         for name, turns in system.conversations.items():
-            key = hashlib.sha256(f"{hash_of(turns)} {whole} {asr} {sorted(metrics)}".encode()).hexdigest()
+            key = hashlib.sha256(f"{hash_of(turns)} {whole} {ears} {sorted(metrics)}".encode()).hexdigest()
             jobs[system.name, name] = (key, turns, reference.conversations.get(name))
     new = {key: (name, turns, real, metrics) for (_, name), (key, turns, real) in jobs.items() if key not in known}
     keys, work = list(new), list(new.values())
     with open(out / MEASURED, "a", encoding="utf-8") as file:
-        for number, values in in_processes(measure_in_worker, work, workers, start_worker, (human, asr), "measuring"):
+        for number, values in in_processes(measure_in_worker, work, workers, start_worker, (human, ears), "measuring"):
             known[keys[number]] = values
             file.write(json.dumps({"key": keys[number], "values": values}) + "\n")
             file.flush()
@@ -162,16 +166,6 @@ def measure_systems(
     for (system, name), (key, _, _) in jobs.items():
         found.setdefault(system, {})[name] = known[key]
     return found
-
-
-def read_measured(path: Path) -> dict[str, dict]:
-    """What an earlier run left; a line that a kill cut off is measured again."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            known[row["key"]] = {metric: tuple(value) for metric, value in row["values"].items()}
-    return known
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -192,7 +186,10 @@ class Difference:
 
 
 def figures_of(measured: dict, seed: int) -> dict[str, dict[str, Figure]]:
-    """metric -> system -> mean over conversations with a bootstrap interval, and why conversations were left out."""
+    """metric -> system -> mean over conversations with a bootstrap interval, and why conversations were left out.
+
+    A metric of special sentences is there only if somebody said some.
+    """
     table: dict[str, dict[str, Figure]] = {}
     for system, conversations in measured.items():
         for metric in next(iter(conversations.values())):
@@ -200,7 +197,8 @@ def figures_of(measured: dict, seed: int) -> dict[str, dict[str, Figure]]:
             items = [Item(name, value) for name, (value, _) in values.items() if value is not None]
             excluded = Counter(reason for value, reason in values.values() if value is None)
             table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
-    return table
+    unasked = {metric for metric in OF_SENTENCES if all(f.value is None for f in table.get(metric, {}).values())}
+    return {metric: systems for metric, systems in table.items() if metric not in unasked}
 
 
 def differences(measured: dict, seed: int) -> list[Difference]:

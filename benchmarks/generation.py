@@ -4,7 +4,7 @@ The published architecture in the sizes asked for, the same random weights, the 
 after another, greedy on both sides, which must say the same; alternating in one process. Codec not included.
 
     ours             the loop of `generation.Conversation`
-    ours, int8       the same with weights of 8 bits, on a CPU
+    ours, int8       the same with weights of 8 bits, on a CPU; with --compile also both compiled
     transformers     generate() as it comes; with --static with its static caches
 
 Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time to the first
@@ -17,7 +17,9 @@ Prints a table; the last line of --json is one JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import resource
 import statistics
 import sys
 import time
@@ -96,7 +98,9 @@ def bandwidth(dtype: torch.dtype) -> float:
     return 2**28 / min(seconds)
 
 
-def with_everything(args: argparse.Namespace, int8: bool) -> dict[str, float]:
+def with_everything(
+    args: argparse.Namespace, int8: bool = False, compiled: bool = False, acoustic_delay: int | None = None
+) -> dict[str, float]:
     """Our preset as it is, speaking `--frames` frames with a codec: medians over the rounds."""
     torch.manual_seed(args.seed)
     size = TOKENIZERS["cpu"]
@@ -105,7 +109,9 @@ def with_everything(args: argparse.Namespace, int8: bool) -> dict[str, float]:
         stack.fit(torch.randn(8 * size.codebook_size, size.codebook_dim), size.codebook_size, torch.Generator())
     shape = {name: getattr(size, name) for name in ("n_codebooks", "n_semantic", "codebook_size")}
     config = preset(args.model_size, **shape, text_tokenizer="bytes", text_vocab_size=258)
-    model = InferenceModel(CSM(config).eval().to(DTYPES[args.dtype]), int8)
+    if acoustic_delay is not None:
+        config = dataclasses.replace(config, acoustic_delay=acoustic_delay)
+    model = InferenceModel(CSM(config).eval().to(DTYPES[args.dtype]), int8, compiled)
     seconds = args.frames / 12.5
     sampling = Sampling(max_seconds=seconds, min_seconds=seconds)
     first, factors = [], []
@@ -141,10 +147,13 @@ def measure(args: argparse.Namespace) -> dict:
     twin = transformers_model(model).to(DTYPES[args.dtype])
     ids = prompt_of(model.config)
     sides = {"ours": InferenceModel(model), "int8": InferenceModel(model, int8=True)}
+    if args.compile:
+        sides["compiled"] = InferenceModel(model, compiled=True)
+        sides["int8_compiled"] = InferenceModel(model, int8=True, compiled=True)
     for side in sides.values():
         our_frames(side, ids, 2)
     their_frames(twin, ids, 2, args.static)
-    times: dict[str, list[float]] = {"ours": [], "int8": [], "theirs": []}
+    times: dict[str, list[float]] = {name: [] for name in (*sides, "theirs")}
     for _ in tqdm(range(args.rounds), desc="rounds", disable=args.json):
         codes = {}
         for name, side in sides.items():
@@ -153,26 +162,32 @@ def measure(args: argparse.Namespace) -> dict:
         their_codes, ms = their_frames(twin, ids, args.frames, args.static)
         times["theirs"].append(ms)
     equal = {name: float((own == their_codes).all(dim=1).float().mean()) for name, own in codes.items()}
-    pairs = {name: zip(times["theirs"], times[name], strict=True) for name in sides}
-    ratio = {name: statistics.median(theirs / own for theirs, own in pairs[name]) for name in sides}
+    ms = {name: statistics.median(own) for name, own in times.items()}
+    found = {}
+    for name, side in sides.items():
+        ratio = statistics.median(theirs / own for theirs, own in zip(times["theirs"], times[name], strict=True))
+        weights = {"own_weights_mib": side.depth.nbytes / 2**20} if name != "ours" else {}
+        found[name] = {"ms_per_frame": ms[name], "speedup": ratio, "equal_frames": equal[name], **weights}
     del twin, sides
     read = frame_cost(model.config, DTYPES[args.dtype].itemsize).bytes_moved
     speed = bandwidth(DTYPES[args.dtype])
-    ms = {name: statistics.median(own) for name, own in times.items()}
+    whole = {"ours": {}, "int8": {"int8": True}}
+    whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
+    if args.compile:
+        whole["compiled"] = {"compiled": True}
+        whole["int8 compiled"] = {"int8": True, "compiled": True}
     return {
         "model_size": args.model_size,
         "dtype": args.dtype,
         "ms_per_frame": ms["ours"],
-        "int8_ms_per_frame": ms["int8"],
         "peer_ms_per_frame": ms["theirs"],
-        "speedup": ratio["ours"],
-        "int8_speedup": ratio["int8"],
+        "speedup": found["ours"]["speedup"],
         "real_time_factor": ms["ours"] / FRAME_MS,
         "floor_ms_per_frame": 1000 * read / speed,
         "gigabytes_per_s": speed / 1e9,
-        "equal_frames": equal["ours"],
-        "int8_equal_frames": equal["int8"],
-        "with_additions_and_codec": {name: with_everything(args, name == "int8") for name in ("ours", "int8")},
+        "sides": found,
+        "with_additions_and_codec": {name: with_everything(args, **how) for name, how in whole.items() if args.whole},
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
 
 
@@ -185,6 +200,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--model_size", choices=list(PRESETS), default="nano", help="as in train.py" + shown)
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights of both sides" + shown)
     add("--static", action="store_true", help="transformers with its static caches")
+    add("--compile", action="store_true", help="also our loop compiled; takes minutes the first time")
+    whole_help = "also our preset as one talks with it (default: yes)"
+    add("--whole", action=argparse.BooleanOptionalAction, default=True, help=whole_help)
     add("--together", type=int, default=8, help="conversations that speak at once, for their ratio" + shown)
     add("--frames", type=int, default=16, help="of 80 ms that each side speaks in a round" + shown)
     add("--rounds", type=int, default=5, help="ours, theirs, ours, theirs, ..." + shown)
@@ -203,16 +221,16 @@ def main(argv: list[str] | None = None) -> int:
     version = transformers_version()
     found = measure(args)
     print(f"{args.model_size}, {args.dtype}, {args.threads} threads, transformers {version}, medians of {args.rounds}")
-    for side, name in (("ours", ""), ("ours, int8", "int8_")):
-        equal = f"; {100 * found[f'{name}equal_frames']:.0f} % of the frames as theirs"
-        ms, ratio = found[f"{name}ms_per_frame"], found[f"{name}speedup"]
-        print(f"  {side:15}{ms:8.1f} ms a frame, real-time factor {ms / FRAME_MS:.2f}, ratio {ratio:.2f}{equal}")
+    for name, side in found["sides"].items():
+        equal = f"{100 * side['equal_frames']:.0f} % of the frames as theirs"
+        ms, ratio = side["ms_per_frame"], side["speedup"]
+        print(f"  {name:15}{ms:8.1f} ms a frame, real-time factor {ms / FRAME_MS:.2f}, ratio {ratio:.2f}; {equal}")
     print(f"  transformers   {found['peer_ms_per_frame']:8.1f} ms a frame")
     print(f"  floor          {found['floor_ms_per_frame']:8.1f} ms a frame at {found['gigabytes_per_s']:.1f} GB/s")
     for side, whole in found["with_additions_and_codec"].items():
         factor, first = whole["real_time_factor"], whole["first_audio_ms"]
         print(
-            f"  {side} with additions and codec: real-time factor {factor:.2f}, first audio after {first:.0f} ms, "
+            f"  {side}, with additions and codec: real-time factor {factor:.2f}, first audio after {first:.0f} ms, "
             f"{args.together} at once {whole['together_ratio']:.2f} times as fast as one after the other"
         )
     if args.json:

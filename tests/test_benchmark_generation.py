@@ -13,7 +13,9 @@ benchmark = importlib.import_module("benchmarks.generation")
 def test_both_sides_say_the_same_and_all_figures_are_there(capsys):
     assert run(benchmark.main, ["--frames", "2", "--rounds", "1", "--together", "2", "--json"]) == EXIT_DONE
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["equal_frames"] == 1.0
+    assert set(found["sides"]) == {"ours", "int8"}
+    assert found["sides"]["ours"]["equal_frames"] == 1.0 and found["sides"]["int8"]["speedup"] > 0
+    assert found["peak_memory_mib"] > 100
     assert found["speedup"] == pytest.approx(found["peer_ms_per_frame"] / found["ms_per_frame"])
     assert found["real_time_factor"] == pytest.approx(found["ms_per_frame"] / 80)
     assert found["floor_ms_per_frame"] > 0 and 1 < found["gigabytes_per_s"] < 10_000

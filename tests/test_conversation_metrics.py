@@ -137,3 +137,20 @@ def test_equal_gaps_differ_from_varied_ones_of_the_same_median():
     varied = [0.0, 0.2, 0.4]
     assert cm.wasserstein(varied, varied) == 0
     assert cm.wasserstein([0.2] * 3, varied) == pytest.approx(0.4 / 3)
+
+
+def test_a_style_is_kept_or_lost_some_turns_later():
+    def turns(*pitches: float) -> list[tuple[str, cm.Prosody]]:
+        return [("ab"[i % 2], prosody(pitch=pitch)) for i, pitch in enumerate(pitches)]
+
+    others = [prosody(pitch=pitch) for pitch in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)]
+    high, low = 6.5, 0.5
+    assert cm.style_kept(turns(high, low, 3, 3, high, low), others) == [1.0, 1.0]
+    lost = cm.style_kept(turns(high, low, 3, 3, low, high), others)
+    assert max(lost) <= 0.25
+    assert cm.style_kept(turns(high, low, 3, 3, 3.5, low), others) == [0.5, 1.0]
+    assert cm.style_kept([*turns(high, low, 3, 3), None, ("b", prosody(pitch=low))], others) == [1.0]
+    with pytest.raises(NotMeasurable, match="comes back after 4 turns"):
+        cm.style_kept(turns(high, low, high), others)
+    with pytest.raises(NotMeasurable, match="human turns"):
+        cm.style_kept(turns(high, low, 3, 3, high), others[:3])

@@ -28,6 +28,7 @@ from conversations import split_of
 from dataset_pipeline import ConversationDataset
 from evaluation_framework import (
     CONTEXT_TURNS,
+    CONVERSED,
     Settings,
     choose_replies,
     compare_speakers,
@@ -36,8 +37,8 @@ from evaluation_framework import (
     listen,
     main,
 )
-from evaluation_report import FULL, GENERATED, ORIGINAL, SEMANTIC, collect_warnings, model_note, players, show
-from speech_metrics import METRICS, Tally
+from evaluation_report import FULL, GENERATED, ORIGINAL, REAL, SEMANTIC, collect_warnings, model_note, players, show
+from speech_metrics import Tally
 from spoken_validation import Tools
 from text_tokenizer import ByteTokenizer
 from token_cache import TokenCache
@@ -107,7 +108,24 @@ def test_every_figure_accounts_for_every_clip(finished):
         for metric, systems in report[part]["figures"].items():
             for system, figure in systems.items():
                 assert figure["n"] + sum(figure["excluded"].values()) == clips, (metric, system)
-                assert metric in METRICS
+                assert metric in report["metrics"]
+
+
+def test_the_model_is_heard_in_conversation_beside_the_real_turns(finished):
+    figures = report_of(finished)["model"]["figures"]
+    assert set(CONVERSED) <= set(figures)
+    assert 1 <= figures["dnsmos"][REAL]["value"] <= 5
+    contour = figures["pitch_contour"][REAL]  # its own reference; noise, through an untrained tokenizer, has none
+    assert contour["value"] == pytest.approx(1) if contour["n"] else contour["excluded"]
+    assert figures["emotional_coherence"][REAL]["excluded"]  # one turn has no course
+
+
+def test_the_markdown_has_every_figure(finished):
+    text, report = (finished / "report.md").read_text(encoding="utf-8"), report_of(finished)
+    for part in ("tokenizer", "model"):
+        for metric, systems in report[part]["figures"].items():
+            assert report["metrics"][metric]["title"] in text
+            assert all(f"| {system} |" in text for system in systems)
 
 
 def test_every_figure_comes_with_definition_unit_and_source(finished):
@@ -334,3 +352,23 @@ def test_babble_is_called_babble_and_speech_is_not(finished):
     enough = {**whole, "model": None, "missing": {}}
     enough["tokenizer"] = {**whole["tokenizer"], "figures": {}, "use": {"frames": 320, "codes": 16}}
     assert collect_warnings(enough) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "tokenizer", "checkpoint"),
+    [
+        ((), "runs/tokenizer", None),
+        (("pretrained/nano",), "pretrained/nano/tokenizer", "pretrained/nano"),
+        (("pretrained/nano", "runs/minimal"), "pretrained/nano/tokenizer", "pretrained/nano"),  # of another tokenizer
+        (("pretrained/nano", "runs/minimal", "runs/tokenizer"), "runs/tokenizer", "runs/minimal"),
+        (("pretrained/nano", "runs/tokenizer"), "runs/tokenizer", None),
+    ],
+)
+def test_what_is_measured_by_default_fits_together(tmp_path, monkeypatch, there, tokenizer, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    for folder in there:
+        (tmp_path / folder / "tokenizer").mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    args = evaluation_framework.parse_flags([])
+    assert args.tokenizer.as_posix() == tokenizer
+    assert (args.checkpoint and args.checkpoint.as_posix()) == checkpoint

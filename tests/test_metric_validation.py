@@ -156,7 +156,7 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
     few = ("longer gaps", "gaps all alike")
     monkeypatch.setattr(mv, "DEGRADATIONS", {name: mv.DEGRADATIONS[name] for name in few})
     conversations = {str(i): conversation(gap=0.1 * (i + 1)) for i in range(2)}
-    args = (conversations, ["pause_share"], "bundled", 0, 1, tmp_path)
+    args = (conversations, ["pause_share"], hc.Ears(), 0, 1, tmp_path)
     whole = mv.measure_all(*args)
     (path,) = tmp_path.glob(f"*{mv.RECORDS}")
     lines = path.read_text().splitlines()
@@ -164,6 +164,7 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
     again = mv.measure_all(*args)
     key = lambda r: (r.conversation, r.degradation, r.metric)  # noqa: E731
     assert sorted(map(repr, whole)) == sorted(map(repr, again))
+    assert len(hc.kept_lines(path)) == len(path.read_text().splitlines()) == len(whole)  # what was torn is gone
     assert len({key(record) for record in again}) == len(again) == len(whole)
     values = {key(record): record.values for record in whole}
     assert values["0", "longer gaps", "gap"] == pytest.approx([0.2, 0.45, 0.7, 1.2, 2.2])

@@ -16,6 +16,7 @@ from command_line import EXIT_INPUT, run
 from rvq_tokenizer import (
     DELAY_SAMPLES,
     PRESETS,
+    Disguise,
     RVQTokenizer,
     TokenizerConfig,
     load_tokenizer,
@@ -323,18 +324,34 @@ def test_the_reconstructions_gradient_into_the_content_branch_is_scaled(quantise
 # another voice for the content branch
 
 
-def test_warped_tone_looks_like_a_higher_tone_to_the_content_branch_alone():
+def disguise(**changes) -> Disguise:
+    values = {"factors": 1.0, "tilt": 0.0, "bump_hz": 1000.0, "bump_db": 0.0, **changes}
+    return Disguise(*(torch.tensor([value]) for value in values.values()))
+
+
+def test_disguised_tone_looks_like_a_higher_tone_to_the_content_branch_alone():
     torch.manual_seed(0)
     tokenizer = RVQTokenizer(PRESETS["cpu"])
     time = torch.arange(8 * FRAME_SAMPLES) / SAMPLE_RATE
     low, high = (torch.sin(2 * torch.pi * f * time)[None] for f in (1000.0, 1200.0))
     encoder = tokenizer.encoder
-    warped = encoder.warp(encoder.log_mel(low), torch.tensor([1.2]))
-    before, after = ((mel - encoder.log_mel(high)).abs().mean() for mel in (encoder.log_mel(low), warped))
+    moved = encoder.disguised(encoder.log_mel(low), disguise(factors=1.2))
+    before, after = ((mel - encoder.log_mel(high)).abs().mean() for mel in (encoder.log_mel(low), moved))
     assert after < 0.5 * before
-    plain, heard = tokenizer.latents(low), tokenizer.latents(low, torch.tensor([1.2]))
+    plain, heard = tokenizer.latents(low), tokenizer.latents(low, disguise(factors=1.2))
     assert torch.equal(plain[1], heard[1]) and not torch.allclose(plain[0], heard[0], atol=1e-3)
-    torch.testing.assert_close(tokenizer.latents(low, torch.ones(1))[0], plain[0])
+    torch.testing.assert_close(tokenizer.latents(low, disguise())[0], plain[0])
+
+
+def test_disguised_noise_is_as_loud_in_every_band_as_the_disguise_says():
+    encoder = RVQTokenizer(PRESETS["cpu"]).encoder
+    noise = 0.1 * torch.randn(1, 40 * FRAME_SAMPLES, generator=torch.Generator().manual_seed(0))
+    mel = encoder.log_mel(noise)
+    change = encoder.disguised(mel, disguise(tilt=3.0, bump_hz=2000.0, bump_db=6.0)) - mel  # (1, F, n_mels)
+    decibels = (change * 2 * 20 / torch.tensor(10.0).log()).mean(dim=(0, 1))
+    for hertz, expected in ((250, -6.0), (1000, 0.0 + 6 * 0.135), (2000, 3.0 + 6.0), (8000, 9.0)):
+        band = int((encoder.centres - hertz).abs().argmin())
+        assert decibels[band] == pytest.approx(expected, abs=0.4), hertz
 
 
 # exact codes

@@ -3,6 +3,7 @@
 Where a step is run, it is run in a folder of its own with small programs in the place of the long ones.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -32,10 +33,13 @@ def steps_of_sh() -> list[tuple[str, str, str]]:
     return [(number, title, f"{python} {command}") for number, title, python, command in found]
 
 
-def steps_of_recipe() -> list[tuple[str, str]]:
-    """(number, command) of each step of the recipe of a voice."""
-    text = read("recipes/nano_voice.sh").replace("\\\n", " ")
-    return re.findall(r'^step (\d) ".*" +"\$venv_python" (.*)$', text, re.MULTILINE)
+def steps_of_recipe(scale: str = "full", out: str = "OUT") -> list[list[str]]:
+    """The command of each step of the recipe of a voice after the environment, without the interpreter."""
+    file = importlib.util.spec_from_file_location("nano_voice", ROOT / "recipes" / "nano_voice.py")
+    recipe = importlib.util.module_from_spec(file)
+    sys.modules["nano_voice"] = recipe
+    file.loader.exec_module(recipe)
+    return [words for _, words in recipe.steps(recipe.SCALES[scale], out)]
 
 
 def steps_of_bat() -> list[tuple[str, str, str]]:
@@ -86,10 +90,9 @@ def test_every_step_calls_a_file_with_flags_it_knows():
 
 
 def test_every_step_of_the_recipe_calls_a_file_with_flags_it_knows():
-    assert [number for number, _ in steps_of_recipe()] == ["2", "3", "4", "5", "6", "7"]
+    assert len(steps_of_recipe()) == 6
     settings = read("training_config.py") + read("codec_training.py")  # flags that scripts make of their settings
-    for _, command in steps_of_recipe():
-        script, *flags = command.split()
+    for script, *flags in steps_of_recipe():
         for flag in flags:
             known = f'"{flag}"' in read(script) or f'"{flag[2:]}"' in settings
             assert not flag.startswith("--") or known, f"{script} has no {flag}"
@@ -137,22 +140,30 @@ def test_the_experiment_runs_its_steps_in_order_from_any_folder(small_experiment
 
 @needs_bash
 def test_the_full_experiment_runs_the_steps_of_its_recipe_at_the_scale_asked_for(small_experiment):
-    (small_experiment / "recipes").mkdir()
-    shutil.copy(ROOT / "recipes" / "nano_voice.sh", small_experiment / "recipes")
-    for _, command in steps_of_recipe():
-        (small_experiment / command.split()[0]).write_text(STEP)
-    done = run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "smoke", "--out", "a place")
+    for name in ("recipes/nano_voice.py", "command_line.py"):
+        (small_experiment / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, small_experiment / name)
+    for script, *_ in steps_of_recipe():
+        (small_experiment / script).write_text(STEP)
+    script, asked = small_experiment / "run_experiment.sh", ("full", "--scale", "smoke", "--out", "a place")
+    done = run_bash(script, *asked)
     assert done.returncode == 0, done.stderr
-    steps = (small_experiment / "steps.txt").read_text().splitlines()
-    assert [step.split()[0] for step in steps[1:]] == [command.split()[0] for _, command in steps_of_recipe()]
-    assert all("a place/" in step for step in steps[1:])
-    assert "--target_hours 0.12 " in steps[1]
-    assert "[7/7]" in done.stdout
+    called = (small_experiment / "steps.txt").read_text().splitlines()
+    assert called[1:] == [" ".join(words) for words in steps_of_recipe("smoke", "a place")]
+    assert "--target_hours 0.12 --out a place/data" in called[1] and "[7/7]" in done.stdout
     (small_experiment / "train.py").write_text("raise SystemExit(4)")
-    failed = run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "smoke", "--out", "a place")
+    failed = run_bash(script, *asked)
     assert failed.returncode == 4
-    assert "to go on: ./run_experiment.sh full --scale smoke --out a place" in failed.stderr
-    assert run_bash(small_experiment / "run_experiment.sh", "full", "--scale", "big").returncode == 2
+    assert "step 4 of 7 stopped with exit code 4" in failed.stderr and "to go on" in failed.stderr
+    for wrong in (("full", "--scale", "big"), ("full", "more"), ("more",)):
+        refused = run_bash(script, *wrong)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "--scale" in run_bash(script, "full", "--help").stdout
+
+
+def test_both_systems_make_the_voice_by_the_same_recipe():
+    for name in ("run_experiment.sh", "run_experiment.bat"):
+        assert "recipes/nano_voice.py" in read(name).replace("\\", "/")
 
 
 @needs_bash

@@ -1,4 +1,4 @@
-"""Heads of the semantic codebooks: batches, reversal, and that characters are learnt from latents."""
+"""Heads of the semantic codebooks: batches, reversal, disguises, and that characters are learnt from latents."""
 
 import math
 
@@ -10,7 +10,7 @@ from conftest import voice
 from audio import FRAME_SAMPLES, SAMPLE_RATE
 from codec_batches import SPREAD, SemanticBatch, Utterances, draw_prefixes
 from residual_quantizer import scale_gradient
-from semantic_supervision import SemanticHeads
+from semantic_supervision import SemanticHeads, disagreement
 
 
 def clips(n: int = 6) -> list[tuple[str, str, np.ndarray]]:
@@ -126,6 +126,20 @@ def test_the_speaker_is_taken_out_of_the_latents_and_the_head_goes_on_looking():
 def test_padding_frames_do_not_count():
     heads = SemanticHeads(8, 4, 2, width=32).eval()
     latents, batch = spoken_letters(2, torch.Generator().manual_seed(0))
-    speaker = heads(latents, batch).speaker
+    nats = heads(latents, batch)
     padded = torch.cat((latents, 5 * torch.ones(2, 4, 8)), dim=1)
-    torch.testing.assert_close(heads(padded, batch).speaker, speaker)
+    torch.testing.assert_close(tuple(heads(padded, batch)), tuple(nats))
+
+
+def test_disagreement_of_two_disguises():
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3, 40, 8, generator=generator) for _ in range(2))
+    live = torch.arange(40) < torch.tensor([40, 20, 30])[:, None]
+    assert disagreement(one, one, live) == 0
+    assert disagreement(one, other, live).item() == pytest.approx(1, abs=0.2)  # unrelated
+    assert disagreement(one, one + 3, live) > 2  # a voice that never changes counts too
+    torch.testing.assert_close(disagreement(0.01 * one, 0.01 * other, live), disagreement(one, other, live))
+    padded = torch.where(live[..., None], other, 100.0)
+    torch.testing.assert_close(disagreement(one, padded, live), disagreement(one, other, live))
+    alone = [disagreement(one[i : i + 1], other[i : i + 1], live[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(torch.stack(alone).mean(), disagreement(one, other, live))  # as on several processes

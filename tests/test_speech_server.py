@@ -145,6 +145,14 @@ def test_voices_are_heard_before_what_is_said(server):
     assert status == 200 and close_to(samples_of(content), server.alone("Hello there.", heard="b"))
 
 
+def test_without_collected_voices_any_name_means_the_models_own(engine):
+    with contextlib.closing(Running(engine, {})) as running:
+        status, content = running.ask(
+            "POST", "/v1/audio/speech", {"input": "Hello.", "voice": "alloy", "response_format": "pcm"}
+        )
+        assert status == 200 and close_to(samples_of(content), running.alone("Hello."))
+
+
 def test_the_model_and_the_page_are_there(server):
     (model,) = server.json("GET", "/v1/models")["data"]
     assert model["id"] == "tiny"

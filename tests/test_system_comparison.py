@@ -10,13 +10,16 @@ from spoken_clips import SENTENCES, other_speaker, speech
 
 import degradations
 import system_comparison as sc
-from audio import write_wav
+from audio import SAMPLE_RATE, resample, write_wav
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, run
 from conversation_metrics import CONVERSATION_METRICS
 from evaluation_framework import main
 from generation import Reply
 from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS
+from listening_models import LISTENER_METRICS
+from pronunciation import conversations
 from spoken_conversations import measure
+from synthetic_voices import load_voice, speak
 
 LOTS = np.random.default_rng(0)
 
@@ -50,7 +53,8 @@ def compared(tmp_path_factory):
 def test_values_of_known_systems(compared):
     report = json.loads((compared[0] / "out" / "comparison.json").read_text())
     figures = report["figures"]
-    assert set(figures) == set(MEASURES) <= set(METRICS_OF_CONVERSATIONS)
+    unasked = {*sc.OF_SENTENCES, *LISTENER_METRICS}
+    assert set(figures) | unasked == set(MEASURES) <= set(METRICS_OF_CONVERSATIONS) and not set(figures) & unasked
     assert figures["pitch_spread"]["real"]["value"] > 1.5 > 0.4 > figures["pitch_spread"]["flat"]["value"]
     assert figures["pitch_contour"]["real"]["value"] == pytest.approx(1)
     assert abs(figures["pitch_contour"]["flat"]["value"]) < 0.2
@@ -66,6 +70,19 @@ def test_values_of_known_systems(compared):
         assert (compared[0] / "out" / path).is_file()
 
 
+def test_sentences_written_for_a_metric_bring_it_in(tmp_path):
+    voice, rows = load_voice(0), []
+    for name, (text,) in [(n, texts) for n, texts in conversations().items() if n.startswith("lead-")][:3]:
+        samples, rate = speak(voice, text)
+        write_wav(tmp_path / f"{name}.wav", resample(samples, rate, SAMPLE_RATE))
+        rows.append({"audio": f"{name}.wav", "text": text, "speaker": "0", "conversation": name, "turn_index": 0})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    flags = ["--systems", f"voice={tmp_path}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert run(main, flags) == EXIT_DONE
+    figures = json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"]
+    assert figures["homographs"]["voice"]["n"] == 3 and "pronunciation_kept" not in figures
+
+
 def test_a_second_run_measures_nothing_anew(compared, monkeypatch):
     folder, flags = compared
     before = (folder / "out" / "comparison.json").read_text()
@@ -73,7 +90,7 @@ def test_a_second_run_measures_nothing_anew(compared, monkeypatch):
     assert len(lines) == 4
     (folder / "out" / sc.MEASURED).write_text("\n".join(lines) + '\n{"key": "cut off')
     assert run(main, flags) == EXIT_DONE
-    assert len((folder / "out" / sc.MEASURED).read_text().splitlines()) == 5
+    assert len((folder / "out" / sc.MEASURED).read_text().splitlines()) == 4
     assert json.loads(before)["measured"] == json.loads((folder / "out" / "comparison.json").read_text())["measured"]
 
 
