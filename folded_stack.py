@@ -168,10 +168,9 @@ class CompiledStep:
     def __init__(self, stack: FoldedStack, n_positions: int):
         if stack.least.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), *COMPILERS))):
             raise MissingRequirement(f"compiling needs a C++ compiler, one of {', '.join(COMPILERS)}; or go without")
-        self.stack = stack
-        like = stack.least
-        self.hidden = torch.full((n_positions, n_positions), -torch.inf, device=like.device).triu(1)
-        self.places = torch.arange(n_positions, device=like.device).unsqueeze(1)  # (S, 1)
+        device = stack.least.device
+        self.hidden = torch.full((n_positions, n_positions), -torch.inf, device=device).triu(1)
+        self.places = torch.arange(n_positions, device=device).unsqueeze(1)  # (S, 1)
         self.function = torch.compile(functools.partial(_one_position, stack), dynamic=False, fullgraph=True)
 
     def __call__(self, x: Tensor, turns: Tensor, cache: KVCache) -> Tensor:

@@ -61,6 +61,11 @@ class Turn:
     def end(self) -> float:
         return self.start + len(self.samples) / SAMPLE_RATE
 
+    @functools.cached_property
+    def prosody(self) -> cm.Prosody | None:
+        """None: not measurable. Measured once, whoever asks."""
+        return _or_none(cm.prosody_of, self.samples, self.text)
+
 
 Turns = list[Turn]
 
@@ -209,9 +214,11 @@ class Heard:
         ]
         return sum(each.wrong for each in counts) / sum(each.words for each in counts)
 
-    def quality(self, turn: Turn, which: int) -> float:
-        """SQUIM's STOI or PESQ of a turn."""
-        return self.ears.quality.stoi_pesq(turn.samples)[which]
+    @functools.cached_property
+    def quality(self) -> list[tuple[float, float]]:
+        """SQUIM's STOI and PESQ of the turns that can be measured."""
+        found = (_or_none(self.ears.quality.stoi_pesq, turn.samples) for turn in self.turns)
+        return [each for each in found if each is not None]
 
     def style_kept(self) -> float:
         human = [prosody for _, prosody in self.human.prosody_but(self.name)]
@@ -236,8 +243,7 @@ class Heard:
 
 def prosody_of_turns(turns: Turns) -> list[tuple[str, cm.Prosody] | None]:
     """Speaker and prosody of every turn that can be measured, else None."""
-    found = (_or_none(cm.prosody_of, turn.samples, turn.text) for turn in turns)
-    return [(turn.speaker, each) if each else None for turn, each in zip(turns, found, strict=True)]
+    return [(turn.speaker, turn.prosody) if turn.prosody else None for turn in turns]
 
 
 MEASURES: dict[str, Callable[[Heard], float]] = {
@@ -260,8 +266,8 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "emotion_agreement": lambda heard: heard.per_turn(
         lambda now, real: heard.ears.emotions.agreement(now.samples, real.samples)
     ),
-    "squim_stoi": lambda heard: _mean(_or_none(heard.quality, turn, 0) for turn in heard.turns),
-    "squim_pesq": lambda heard: _mean(_or_none(heard.quality, turn, 1) for turn in heard.turns),
+    "squim_stoi": lambda heard: _mean(stoi for stoi, _ in heard.quality),
+    "squim_pesq": lambda heard: _mean(pesq for _, pesq in heard.quality),
     "wer": Heard.errors,
     "homographs": lambda heard: homographs_right(
         heard.ears.reader, [(turn.text, turn.samples) for turn in heard.turns]
@@ -310,16 +316,19 @@ def packages_missing() -> dict[str, str]:
 # ---- what is kept from run to run ------------------------------------------------------------------------------------
 
 
-def kept_lines(path: Path) -> list:
-    """The JSON values that earlier runs wrote, one a line. What a kill cut off is removed, so that more can follow."""
+def kept_lines(path: Path, parse: Callable[[Any], Any]) -> list:
+    """What earlier runs wrote, a JSON value a line, as `parse` reads it; what it cannot read is measured again.
+
+    What a kill cut off is removed, so that more can follow.
+    """
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     found = []
     for line in whole.splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found.append(parse(json.loads(line)))
     return found
 
 

@@ -345,7 +345,7 @@ def measure_all(
     """Every degradation of every conversation; what `out` holds already from the same audio is not measured again."""
     key = hashlib.sha256(json.dumps([seed, str(ears), [hash_of(turns) for turns in conversations.values()]]).encode())
     path = out / f"{key.hexdigest()[:12]}-{RECORDS}"
-    done = [Record(**row) for row in kept_lines(path)]
+    done = kept_lines(path, lambda row: Record(**row))
     seen = {(record.conversation, record.degradation, record.metric) for record in done}
     jobs = [
         (name, turns, which, left)

@@ -78,18 +78,15 @@ class Asked(NamedTuple):
     meant: int | None  # which of the two its sense asks for; None: either will do
 
 
-@functools.cache
 def words() -> dict[str, Word]:
     return _read()[0]
 
 
-@functools.cache
 def sentences() -> dict[str, Asked]:
     """Text -> what it asks for."""
     return _read()[1]
 
 
-@functools.cache
 def conversations() -> dict[str, tuple[str, ...]]:
     """Name -> the texts of one speaker's turns: one for every homograph sentence, two for a word said in two ways.
 
@@ -98,6 +95,7 @@ def conversations() -> dict[str, tuple[str, ...]]:
     return {name: texts for name, texts in _read()[2].items() if sentences()[texts[0]].word.reliable}
 
 
+@functools.cache
 def _read() -> tuple[dict[str, Word], dict[str, Asked], dict[str, tuple[str, ...]]]:
     content = json.loads(SENTENCES.read_text(encoding="utf-8"))
     found, asked, spoken = {}, {}, {}

@@ -146,10 +146,7 @@ def measure_systems(
     reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
     human = Human.of(reference.conversations)
     whole = hashlib.sha256("".join(hash_of(turns) for turns in reference.conversations.values()).encode()).hexdigest()
-    known = {
-        row["key"]: {metric: tuple(value) for metric, value in row["values"].items()}
-        for row in kept_lines(out / MEASURED)
-    }
+    known = dict(kept_lines(out / MEASURED, lambda row: (row["key"], {m: tuple(v) for m, v in row["values"].items()})))
     jobs = {}
     for system in systems:
         for name, turns in system.conversations.items():

@@ -107,7 +107,8 @@ def main() -> int:
         start = time.monotonic()
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
             print(f"step {number} of {len(done)} stopped with exit code {code}: {' '.join(command)}", file=sys.stderr)
-            print("what is done is kept; to go on, type the same again", file=sys.stderr)
+            script = "run_experiment.bat" if os.name == "nt" else "./run_experiment.sh"
+            print(f"what is done is kept; to go on: {' '.join([script, 'full', *sys.argv[1:]])}", file=sys.stderr)
             return code if code > 0 else 128 - code  # ended by a signal
         print(f"      done in {time.monotonic() - start:.0f} s")
     print(f"\nDone in {(time.monotonic() - began) / 60:.0f} min.")

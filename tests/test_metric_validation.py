@@ -164,7 +164,7 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
     again = mv.measure_all(*args)
     key = lambda r: (r.conversation, r.degradation, r.metric)  # noqa: E731
     assert sorted(map(repr, whole)) == sorted(map(repr, again))
-    assert len(hc.kept_lines(path)) == len(path.read_text().splitlines()) == len(whole)  # what was torn is gone
+    assert len(hc.kept_lines(path, dict)) == len(path.read_text().splitlines()) == len(whole)  # what was torn is gone
     assert len({key(record) for record in again}) == len(again) == len(whole)
     values = {key(record): record.values for record in whole}
     assert values["0", "longer gaps", "gap"] == pytest.approx([0.2, 0.45, 0.7, 1.2, 2.2])
@@ -215,3 +215,11 @@ def is_alive(pid: int) -> bool:
 def test_unit_of_the_times():
     turn = hc.Turn("a", "x", np.zeros(SAMPLE_RATE, np.float32), 1.0)
     assert turn.end == 2.0
+
+
+def test_kept_lines_of_another_form_are_left_out(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_text('{"key": 1}\n[2]\n{"other": 3}\nno json\n{"key": 4}\n{"key":')
+    for _ in range(2):  # the first time removes what was cut off
+        assert hc.kept_lines(path, lambda row: row["key"]) == [1, 4]
+    assert path.read_text().endswith('{"key": 4}\n')

@@ -154,7 +154,8 @@ def test_the_full_experiment_runs_the_steps_of_its_recipe_at_the_scale_asked_for
     (small_experiment / "train.py").write_text("raise SystemExit(4)")
     failed = run_bash(script, *asked)
     assert failed.returncode == 4
-    assert "step 4 of 7 stopped with exit code 4" in failed.stderr and "to go on" in failed.stderr
+    assert "step 4 of 7 stopped with exit code 4" in failed.stderr
+    assert "to go on: ./run_experiment.sh full --scale smoke --out a place" in failed.stderr
     for wrong in (("full", "--scale", "big"), ("full", "more"), ("more",)):
         refused = run_bash(script, *wrong)
         assert refused.returncode == 2 and "Traceback" not in refused.stderr
