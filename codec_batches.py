@@ -5,7 +5,7 @@ Letters: B batch, N samples, T frames, U characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,16 @@ class Crops:
             piece = clip[start : start + n_samples]
             row[: len(piece)] = piece / 32768 * 10 ** (random.uniform(-8, 2) / 20)
         return torch.from_numpy(wave).clamp(-1, 1)
+
+    def whole(self, seed: int, n_frames: int) -> Iterator[Tensor]:
+        """Clips in random order, each (1, T * FRAME_SAMPLES), until there are so many frames, or no more clips."""
+        for index in np.random.default_rng([seed, 5]).permutation(len(self.clips)):
+            if n_frames <= 0:
+                return
+            clip = self.clips[index]
+            padded = np.pad(clip, (0, -len(clip) % FRAME_SAMPLES)) / np.float32(32768)
+            n_frames -= len(padded) // FRAME_SAMPLES
+            yield torch.from_numpy(padded)[None]
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:

@@ -14,6 +14,9 @@ from vector_quantize_pytorch import VectorQuantize
 
 from ranks import over_ranks
 
+FEWEST = 4  # vectors per code that codebooks are fitted to
+ASIDE = 0.2  # of the way from a code to a vector it serves badly, where a code that nothing falls to is put
+
 
 class Quantized(NamedTuple):
     latents: Tensor  # (B, T, D) straight-through: value of the chosen codes up to the depth, gradient of the input
@@ -110,16 +113,20 @@ class ResidualQuantizer(nn.Module):
         return sum(level.codebook[codes[..., k]] for k, level in enumerate(self.levels[: codes.size(-1)]))
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator) -> None:
+    def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator, *, anew: bool = True) -> None:
         """k-means, level by level, on (M, D) vectors; `batch_tokens` sets the weight of later batches against it.
 
-        ValueError with fewer than 4 vectors per code: codebooks fitted on fewer collapse.
+        From vectors drawn at random, or (not `anew`) from the codes as they are. ValueError with fewer than `FEWEST`
+        vectors per code: codebooks fitted on fewer collapse.
         """
-        if len(vectors) < 4 * self.n_codes:
-            raise ValueError(f"{len(vectors)} vectors are too few for {self.n_codes} codes; 4 per code are needed")
+        least = FEWEST * self.n_codes
+        if len(vectors) < least:
+            raise ValueError(f"{len(vectors)} vectors are too few for {self.n_codes} codes; {least} are needed")
         residual = vectors
         for level in self.levels:
-            centres, counts = k_means(residual, self.n_codes, generator)
+            order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+            start = residual[order[: self.n_codes]] if anew else level.codebook
+            centres, counts = k_means(residual, start, generator, self.DEAD)
             weight = counts * (batch_tokens / len(vectors))  # counts as an average batch would give them
             book = level._codebook
             book.embed.copy_(centres[None])
@@ -128,17 +135,25 @@ class ResidualQuantizer(nn.Module):
             residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
 
 
-def k_means(vectors: Tensor, n_centres: int, generator: torch.Generator, n_rounds: int = 15) -> tuple[Tensor, Tensor]:
-    """(M, D) -> centres (n_centres, D) and how many vectors each has (n_centres,). An empty centre is drawn anew."""
-    order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
-    centres = vectors[order[:n_centres]]
+def k_means(
+    vectors: Tensor, centres: Tensor, generator: torch.Generator, dead: float, n_rounds: int = 12
+) -> tuple[Tensor, Tensor]:
+    """(M, D) and where to begin (V, D) -> centres (V, D) and how many vectors each has (V,).
+
+    A centre with less than `dead` of the uniform share is put beside another one, on the way from that to a vector it
+    serves badly (drawn by the squared distance, as in k-means++): a vector itself, in so many dimensions, is no centre
+    and would win no other. Drawn evenly, they would all go to silence, which many vectors share.
+    """
+    least = dead * len(vectors) / len(centres)
     for _ in range(n_rounds):
-        nearest = torch.cdist(vectors, centres).argmin(dim=1)  # (M,)
-        counts = torch.bincount(nearest, minlength=n_centres)
+        distance, nearest = torch.cdist(vectors, centres).min(dim=1)  # (M,), (M,)
+        counts = torch.bincount(nearest, minlength=len(centres))
         sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        drawn = vectors[torch.randint(len(vectors), (n_centres,), generator=generator).to(vectors.device)]
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], drawn)
-    counts = torch.bincount(torch.cdist(vectors, centres).argmin(dim=1), minlength=n_centres)
+        badly = torch.multinomial(distance.square().cpu() + 1e-12, len(centres), True, generator=generator)
+        badly = badly.to(vectors.device)
+        beside = torch.lerp(centres[nearest[badly]], vectors[badly], ASIDE)
+        centres = torch.where(counts[:, None] > least, sums / counts.clamp(min=1)[:, None], beside)
+    counts = torch.bincount(torch.cdist(vectors, centres).argmin(dim=1), minlength=len(centres))
     return centres, counts.to(vectors.dtype)
 
 

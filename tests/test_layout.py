@@ -25,6 +25,7 @@ LEVELS = (
     },
     {
         "codec_losses",
+        "hearing_losses",
         "conversational_memory",
         "mimi_tokenizer",
         "semantic_teacher",

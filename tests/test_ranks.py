@@ -13,7 +13,7 @@ from ranks import Ranks, join_ranks
 from run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"preset": "debug", "max_steps": 6, "stage_a": 0.34, "stage_c": 0.34, "batch_size": 4, "crop_frames": 4}
+FLAGS = {"preset": "debug", "max_steps": 6, "stage_a": 0.34, "stage_c": 0.34, "batch_size": 4, "crop_frames": 6}
 FLAGS |= {"eval_every": 100, "precision": "fp32", "warmup": 2, "threads": 1, "device": "cpu", "lr": 1e-3}
 FLAGS |= {"ctc_weight": 1.0, "content_gradient": 0.1, "warped": 1.0, "alike_weight": 1.0, "adversarial": 0.5}
 EXCHANGES = """
@@ -38,8 +38,9 @@ with join_ranks(torch.device("cpu")) as (ranks, device):
 
 
 WITHOUT_DEAD_CODES = """
-import residual_quantizer, sys
+import codec_training, residual_quantizer, sys
 residual_quantizer.ResidualQuantizer.DEAD = 0
+codec_training.SETTLE_VECTORS = 0
 import train_tokenizer
 sys.exit(train_tokenizer.run(train_tokenizer.main))
 """
@@ -55,7 +56,7 @@ crops = Crops([0.1 * random.standard_normal(48_000).astype(np.float32) for _ in 
 spoken = [("ab"[i % 2], "ab" * (i + 1), clip) for i, clip in enumerate(np.split(random.standard_normal(240_000), 5))]
 spoken = Utterances([(s, t, 0.1 * clip[: 6_000 * len(t)].astype(np.float32)) for s, t, clip in spoken])
 config = TrainConfig(
-    preset="debug", max_steps=6, stage_a=0, stage_c=0, batch_size=4, crop_frames=4, precision="fp32", threads=1,
+    preset="debug", max_steps=6, stage_a=0, stage_c=0, batch_size=4, crop_frames=6, precision="fp32", threads=1,
     ctc_weight=1.0,
 )
 with join_ranks(torch.device("cpu")) as (ranks, device):
@@ -118,8 +119,8 @@ def test_two_processes_exchange(tmp_path):
 def test_two_processes_train_the_tokenizer_that_one_trains(shared_data, tmp_path):
     """With characters, speakers and discriminators; the same codebooks and weights.
 
-    Stage A has its own test: k-means turns differences of a last bit into other codebooks. So do dead codes, which
-    are drawn anew from other vectors where there are more processes.
+    Stage A has its own test: k-means turns differences of a last bit into other codebooks, at the beginning of stage B
+    and of stage C. So do dead codes, which are drawn anew from other vectors where there are more processes.
     """
     script = tmp_path / "train.py"
     script.write_text(WITHOUT_DEAD_CODES)

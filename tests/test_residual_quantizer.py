@@ -101,8 +101,31 @@ def test_fitting_refuses_too_few_vectors():
 def test_k_means_finds_separate_clusters():
     centres = 10 * torch.eye(4)
     vectors = (centres[:, None] + 0.1 * torch.randn(4, 50, 4)).flatten(0, 1)
-    found, counts = k_means(vectors, 16, torch.Generator().manual_seed(0))
+    found, counts = k_means(vectors, vectors[:16], torch.Generator().manual_seed(0), dead=0.1)
     assert torch.cdist(centres, found).min(dim=1).values.max() < 0.5 and counts.sum() == 200
+
+
+def test_unused_codes_go_where_vectors_are_served_badly():
+    """Not to silence, which most vectors share, and beside a code, as a lone vector would win no other."""
+    torch.manual_seed(0)
+    silence, speech = 1e-3 * torch.randn(1800, DIM), 5 + torch.randn(600, DIM)
+    nowhere = 100 + torch.randn(14, DIM)
+    start = torch.cat([silence[:1], speech[:1], nowhere])
+    centres, counts = k_means(torch.cat([silence, speech]), start, torch.Generator().manual_seed(0), dead=0.1)
+    assert (counts > 0).all()
+    assert (torch.cdist(centres, torch.zeros(1, DIM)) < 1).sum() == 1
+
+
+def test_settled_codes_fit_other_vectors_and_all_are_used():
+    stack, _ = quantizer()
+    moved = 1 + 0.5 * torch.randn(2000, DIM)
+    everything = torch.full((1,), 6)
+    stack.eval()
+    before = (stack.nearest(moved[None], everything) - moved).square().mean()
+    stack.fit(moved, 2000, torch.Generator().manual_seed(0), anew=False)
+    after = (stack.nearest(moved[None], everything) - moved).square().mean()
+    usage, _ = codebook_use(stack.encode(moved[None]), 16)
+    assert after < 0.7 * before and (usage == 1).all()
 
 
 def test_codebook_use_counts_codes_and_entropy():
