@@ -44,8 +44,8 @@ QUIET = 1e-4  # of the loudest segment's energy; fainter ones do not count
 
 
 class Heard(NamedTuple):
-    disturbance: Tensor  # () 4.5 less PESQ before its mapping, mean over the batch; 0 for equal signals
-    unlike: Tensor  # () 1 less STOI
+    disturbance: Tensor  # (B,) 4.5 less PESQ before its mapping; 0 for equal signals
+    unlike: Tensor  # (B,) 1 less STOI
 
 
 class Hearing(nn.Module):
@@ -77,7 +77,7 @@ class Hearing(nn.Module):
         """(B, N), (B, N) -> the losses. N of at least `MIN_SAMPLES`."""
         with torch.autocast(estimate.device.type, enabled=False):
             pair = estimate.float(), target.float()
-            return Heard(self.disturbance(*pair).mean(), self.unlike(*pair))
+            return Heard(self.disturbance(*pair), self.unlike(*pair))
 
     # -- PESQ
 
@@ -130,15 +130,15 @@ class Hearing(nn.Module):
     # -- STOI
 
     def unlike(self, estimate: Tensor, target: Tensor) -> Tensor:
-        """(B, N), (B, N) -> ()"""
+        """(B, N), (B, N) -> (B,)"""
         ours, theirs = self.segments(estimate), self.segments(target)  # (B, S, THIRDS, SEGMENT)
         ours = ours * (theirs.norm(dim=3, keepdim=True) / (ours.norm(dim=3, keepdim=True) + 1e-9))
         ours = torch.minimum(ours, CLIP * theirs)
         ours, theirs = (x - x.mean(dim=3, keepdim=True) for x in (ours, theirs))
         alike = F.cosine_similarity(ours, theirs, dim=3, eps=1e-9).mean(dim=2)  # (B, S)
         energy = self.segments(target).square().sum(dim=(2, 3))
-        counts = energy > QUIET * energy.amax()
-        return ((1 - alike) * counts).sum() / counts.sum().clamp(min=1)
+        counts = energy > QUIET * energy.amax(dim=1, keepdim=True)
+        return ((1 - alike) * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
     def segments(self, wave: Tensor) -> Tensor:
         """(B, N) -> envelopes of all spans of `SEGMENT` frames, (B, S, THIRDS, SEGMENT)."""

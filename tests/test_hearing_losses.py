@@ -67,8 +67,19 @@ def test_gradient_is_finite(hearing, estimate, target):
     waves = {"silence": torch.zeros(1, MIN_SAMPLES), "speech": speech()[:, :MIN_SAMPLES]}
     waves["noise"] = torch.randn(1, MIN_SAMPLES, generator=torch.Generator().manual_seed(0))
     wave = waves[estimate].clone().requires_grad_()
-    sum(hearing(wave, waves[target])).backward()
+    sum(hearing(wave, waves[target])).sum().backward()
     assert torch.isfinite(wave.grad).all()
+
+
+def test_each_signal_is_heard_on_its_own(hearing):
+    wave = speech()
+    pair = torch.cat([wave, 1e-3 * wave.flip(1)])
+    noisy = pair + 0.1 * pair.std(dim=1, keepdim=True) * torch.randn_like(pair)
+    together = hearing(noisy, pair)
+    for row in range(2):
+        alone = hearing(noisy[row : row + 1], pair[row : row + 1])
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[row : row + 1], theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_following_the_gradient_is_heard(hearing):
@@ -79,7 +90,7 @@ def test_following_the_gradient_is_heard(hearing):
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        losses.append(sum(hearing(estimate, wave)))
+        losses.append(sum(hearing(estimate, wave)).sum())
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
