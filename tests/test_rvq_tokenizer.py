@@ -28,13 +28,14 @@ CONFIG = PRESETS["debug"]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> RVQTokenizer:
-    """Random weights, codebooks fitted to its own latents so that all of them matter."""
+    """Random weights, codebooks fitted to its own latents so that all of them matter; to so many that what is left for
+    the last ones is not as small as a rounding error."""
     torch.manual_seed(0)
     model = RVQTokenizer(CONFIG).eval()
     with torch.no_grad():
         model.known_depth.normal_()
         model.depth_gain.normal_()
-        content, acoustic = model.latents(speechlike(2, 60))
+        content, acoustic = model.latents(speechlike(2, 240))
     generator = torch.Generator().manual_seed(0)
     model.semantic.fit(content.flatten(0, 1), 24, generator)
     model.acoustic.fit(acoustic.flatten(0, 1), 24, generator)
@@ -103,9 +104,9 @@ def test_training_path_and_use_path_agree_on_codes_and_waveform(tokenizer):
     full = torch.full((2,), CONFIG.n_semantic), torch.full((2,), CONFIG.n_acoustic_codebooks)
     with torch.no_grad():
         trained = tokenizer(wave, *full)
-    same = (trained.codes == tokenizer.encode(wave)).double().mean()
-    assert same > 0.97  # where two codes are almost equally near, float32 and float64 may choose differently
-    assert torch.allclose(trained.wave, tokenizer.decode(trained.codes), atol=1e-5)
+    codes = tokenizer.encode(wave)
+    assert torch.equal(trained.codes, codes)
+    assert torch.allclose(trained.wave, tokenizer.decode(codes), atol=1e-5)
 
 
 def test_items_of_a_batch_do_not_mix(tokenizer):
