@@ -452,10 +452,7 @@ def fit_codebooks(run: Run) -> None:
     for index in range(n_batches):
         wave = run.crops.batch(c.seed + 1, index, c.batch_size, c.crop_frames * FRAME_SAMPLES).to(run.device)
         latents.append(run.model.latents(wave))
-    generator = torch.Generator().manual_seed(c.seed)
-    for quantiser, branch in zip((run.model.semantic, run.model.acoustic), zip(*latents, strict=True), strict=True):
-        quantiser.fit(torch.cat(branch).flatten(0, 1), tokens, generator)
-        run.ranks.copy_from_first(quantiser.buffers())
+    fit_to(run, latents, tokens, anew=True)
 
 
 @torch.no_grad()
@@ -468,12 +465,17 @@ def settle_codebooks(run: Run) -> None:
     c, model = run.config, run.model
     wanted = SETTLE_VECTORS * model.config.codebook_size
     latents = [model.latents(wave.to(run.device)) for wave in run.crops.whole(c.seed, wanted)]
-    if sum(content.size(1) for content, _ in latents) < FIT_VECTORS * model.config.codebook_size:
-        return
-    generator = torch.Generator().manual_seed(c.seed)
-    for quantiser, branch in zip((model.semantic, model.acoustic), zip(*latents, strict=True), strict=True):
-        vectors = torch.cat(branch, dim=1)[0]
-        quantiser.fit(vectors, len(vectors), generator, anew=False)
+    n_frames = sum(content.size(1) for content, _ in latents)
+    if n_frames >= FIT_VECTORS * model.config.codebook_size:
+        fit_to(run, latents, n_frames, anew=False)
+
+
+def fit_to(run: Run, latents: list[tuple[Tensor, Tensor]], batch_tokens: int, anew: bool) -> None:
+    """Both quantisers, to content and acoustic latents (B, T, D); the same in all processes."""
+    generator = torch.Generator().manual_seed(run.config.seed)
+    for quantiser, branch in zip((run.model.semantic, run.model.acoustic), zip(*latents, strict=True), strict=True):
+        vectors = torch.cat([part.flatten(0, 1) for part in branch])
+        quantiser.fit(vectors, batch_tokens, generator, anew=anew)
         run.ranks.copy_from_first(quantiser.buffers())
 
 

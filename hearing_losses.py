@@ -134,9 +134,9 @@ class Hearing(nn.Module):
         ours, theirs = self.segments(estimate), self.segments(target)  # (B, S, THIRDS, SEGMENT)
         ours = ours * (theirs.norm(dim=3, keepdim=True) / (ours.norm(dim=3, keepdim=True) + 1e-9))
         ours = torch.minimum(ours, CLIP * theirs)
+        energy = theirs.square().sum(dim=(2, 3))  # (B, S)
         ours, theirs = (x - x.mean(dim=3, keepdim=True) for x in (ours, theirs))
         alike = F.cosine_similarity(ours, theirs, dim=3, eps=1e-9).mean(dim=2)  # (B, S)
-        energy = self.segments(target).square().sum(dim=(2, 3))
         counts = energy > QUIET * energy.amax(dim=1, keepdim=True)
         return ((1 - alike) * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
