@@ -67,7 +67,7 @@ class AudioTokenizer(nn.Module):
     def copies(self, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
         """(N,) -> what the first k codebooks give back, (N,) each, for every k in `prefixes`."""
         codes = self.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])  # (1, T, K)
-        return {k: self.decode(codes[..., :k])[0, : len(samples)].numpy() for k in prefixes}
+        return {k: self.decode(codes[..., :k])[0, : len(samples)].cpu().numpy() for k in prefixes}
 
     def encoder_stream(self, batch_size: int) -> EncoderStream:
         return EncoderStream(self, batch_size)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
-from codec_probes import Coded, Gate, character_gates, code_vectors, from_figure, needs, speaker_gates
+from codec_probes import Coded, Gate, character_gates, from_figure, needs, speaker_gates
 from evaluation_report import FULL, ORIGINAL, SEMANTIC, plot_depth, plot_use
 from speech_metrics import (
     METRICS,
@@ -106,7 +106,8 @@ def sound_gates(part: dict, missing: dict[str, str]) -> list[Gate]:
             gates.append(needs(name, missing[metric], how, sense, threshold))
         else:
             gates.append(from_figure(name, figures[metric][FULL], how, sense, threshold))
-    return [*gates, *monotone_gate(part), *word_gates(figures, part["semantic_codebooks"], missing)]
+    gates += [*monotone_gate(part), *word_gates(figures, part["semantic_codebooks"], missing)]
+    return [*gates, speaker_gate(figures, part["same_speaker"], missing)]
 
 
 def monotone_gate(part: dict) -> list[Gate]:
@@ -120,6 +121,17 @@ def monotone_gate(part: dict) -> list[Gate]:
     rise = max(after - before for before, after in itertools.pairwise(values))
     n = min(figure["n"] for figure in part["depth"]["log_mel_l1"].values())
     return [Gate(name=name, value=rise, **bound, n=n, how=how)]
+
+
+def speaker_gate(figures: dict[str, dict[str, Figure]], same_speaker: float | None, missing: dict[str, str]) -> Gate:
+    """A copy should be nearer to its original than two originals of a speaker are to each other."""
+    name = "similarity of copies to originals"
+    how = "cosine of speaker embeddings, mean; wanted: median of two originals of a speaker; n: clips"
+    if "speaker_similarity" in missing:
+        return needs(name, missing["speaker_similarity"], how, ">=")
+    none = Figure(value=None, low=None, high=None, n=0, conversations=0, excluded={})
+    found = figures.get("speaker_similarity", {}).get(f"{FULL} to its original", none)
+    return from_figure(name, found, how, ">=", same_speaker)
 
 
 def word_gates(figures: dict[str, dict[str, Figure]], n_semantic: int, missing: dict[str, str]) -> list[Gate]:
@@ -331,7 +343,7 @@ def check_gates(
     return [
         *use_gates(part["use"]),
         *sound_gates(part, missing),
-        *character_gates(fit, held_out, S, code_vectors(tokenizer), seed),
+        *character_gates(fit, held_out, S, tokenizer.code_vectors(), seed),
         *speaker_gates(fit, held_out, S, V, seed),
         *swap_gates(clips, held_out, tokenizer, recognizer, encoder, missing, seed),
         *stream_gates(clips, tokenizer, seed),

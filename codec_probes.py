@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
-from audio_tokenizer import AudioTokenizer
 from codec_batches import SPREAD, can_be_aligned, character_ids, letters_of
-from mimi_tokenizer import MimiTokenizer
-from rvq_tokenizer import RVQTokenizer
 from speech_metrics import (
     Figure,
     Item,
@@ -35,7 +32,6 @@ PROBE_STEPS = 800
 PROBE_BATCH = 6  # small batches and many steps get further in the same time
 PROBE_WIDTH = 96
 PROBE_LR = 1e-2
-UNKNOWN_WIDTH = 64  # of the random vectors that stand for the codes of a tokenizer whose codebooks are not known here
 RIDGE = 0.1  # of the speaker probe, in units of the mean squared length of its inputs
 
 
@@ -93,19 +89,6 @@ def needs(name: str, reason: str, how: str, sense: str = "", threshold: float | 
     """A gate whose package is missing."""
     note = f"not measured: needs {reason.replace(' not installed', '')}"
     return Gate(name=name, value=None, sense=sense, threshold=threshold, n=0, how=how, note=note)
-
-
-def code_vectors(tokenizer: AudioTokenizer) -> list[Tensor]:
-    """K tables (V, D), what the decoder looks up for each code. Near vectors mean near sounds, so that a probe learns
-    from little speech. Random ones for a tokenizer of another kind."""
-    if isinstance(tokenizer, RVQTokenizer):
-        return [level.codebook.detach() for stack in (tokenizer.semantic, tokenizer.acoustic) for level in stack.levels]
-    K, V = tokenizer.config.n_codebooks, tokenizer.config.codebook_size
-    if isinstance(tokenizer, MimiTokenizer):
-        halves = tokenizer.quantizer
-        stacks = (halves.semantic_residual_vector_quantizer, halves.acoustic_residual_vector_quantizer)
-        return [layer.codebook.embed.detach() for stack in stacks for layer in stack.layers][:K]
-    return list(torch.randn(K, V, UNKNOWN_WIDTH, generator=torch.Generator().manual_seed(0)))
 
 
 def look_up(clips: Sequence[Coded], tables: list[Tensor], books: slice) -> list[Tensor]:

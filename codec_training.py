@@ -6,7 +6,8 @@ listener would notice and, if asked, against discriminators (the schedule of Aud
 MagiCodec, arXiv 2506.00385, 3.3).
 
 Everything is a function of settings, data and step: batches, depths and random draws need no state of their own, and
-N processes take the steps of one. Letters: B batch, N samples, T frames, K codebooks.
+N processes take the steps of one, but for the vectors that replace dead codes. Letters: B batch, N samples, T frames,
+K codebooks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ HEADS_FACTOR = 2  # of the heads' learning rate: what reads the codes should not
 FIT_VECTORS = 8  # per code, for k-means
 SETTLE_VECTORS = 64  # the same, when the codes become final
 DISTURBANCE, UNLIKE = 3.0, 80.0  # weights of what would be heard, beside the spectral distances
+PAUSE = 1e-4  # mean square of a crop, -40 dB of full scale: no speech in it
 BY_DEPTH = ("known_depth", "depth_gain")  # tables by acoustic depth: matrices in shape only
 CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
 
@@ -225,6 +227,8 @@ def build_run(
     """ValueError: semantic supervision asked for without texts, or a batch that the processes cannot share."""
     ranks = ranks or Ranks()
     ranks.share_of(config.batch_size)
+    if config.ctc_weight:
+        ranks.share_of(utterances_per_step(config.batch_size), "half of batch_size, the utterances of ctc_weight")
     torch.manual_seed(config.seed)
     model = RVQTokenizer(PRESETS[config.preset]).to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
@@ -312,22 +316,28 @@ def heard_terms(run: Run, estimate: Tensor, wave: Tensor, depths: Depths) -> dic
 
     Asked of the semantic codebooks alone, a reconstruction that cannot be near is made worse: their word errors rose
     from 1.4 to 2.2 times those of all codebooks. Asked for from the start, it led to codes with less of the speaker.
+    Nor is it asked of pauses: brought to the level of speech, a crop of silence has a gradient many times as long.
     """
     heard = run.hearing(estimate, wave[:, : estimate.size(1)])
     whole = depths.acoustic == run.model.config.n_acoustic_codebooks
-    disturbance, unlike = ((part * whole).mean() for part in heard)
+    asked = whole & (wave.square().mean(dim=1) > PAUSE)
+    disturbance, unlike = ((part * asked).mean() for part in heard)
     loss = run.config.hearing * (DISTURBANCE * disturbance + UNLIKE * unlike)
     return {"loss": loss, "disturbance": disturbance, "unlike": unlike}
+
+
+def utterances_per_step(batch_size: int) -> int:
+    """Of all processes together, that the semantic heads read: half as many as crops."""
+    return max(1, batch_size // 2)
 
 
 def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
     """What the heads read from the content latents of whole utterances; the first codebooks must do for some.
 
-    Half as many utterances as crops, at every step. The weight of the speaker grows with the steps until the codes are
-    final: words first.
+    At every step; the weight of the speaker grows with the steps until the codes are final: words first.
     """
     c, model = run.config, run.model
-    n = max(run.ranks.n, c.batch_size // 2)
+    n = utterances_per_step(c.batch_size)
     mine = run.ranks.share_of(n)
     batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, n, mine)))
     alike = batch.wave.new_zeros(())
@@ -338,7 +348,7 @@ def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
             alike = disagreement(latents.float(), other.float(), batch.live(latents.size(1)))
         if stage == QUANTISED:
             prefixes = draw_prefixes(c.seed, run.step, n, model.config.n_semantic)[mine]
-            latents = model.semantic(latents, prefixes.to(run.device)).latents
+            latents = model.semantic(latents, prefixes.to(run.device), batch.live(latents.size(1))).latents
         nats = run.heads(latents.float(), batch)
     hidden = c.speaker_weight * run.step / c.first_decoder_step
     loss = c.ctc_weight * nats.characters + nats.speaker + hidden * nats.confusion + c.teacher_weight * nats.teacher

@@ -186,8 +186,9 @@ def evaluate_tokenizer(
     conversations = [conversation_of(turn) for turn, _ in clips]
     if tools.recognizer is not None:
         listen(tools.recognizer, tally, conversations, rows, waves)
+    same_speaker = None
     if tools.encoder is not None:
-        compare_speakers(tools, tally, conversations, [turn.speaker_id for turn, _ in clips], waves)
+        same_speaker = compare_speakers(tools, tally, conversations, [turn.speaker_id for turn, _ in clips], waves)
     curve = plain(by_depth.figures(settings.seed))
     copies = {metric: {FULL: figure[str(K)], SEMANTIC: figure[str(S)]} for metric, figure in curve.items()}
     return {
@@ -195,6 +196,7 @@ def evaluate_tokenizer(
         "semantic_codebooks": S,
         "bits_per_second": tokenizer.config.bits_per_second(),
         "figures": {**copies, **plain(tally.figures(settings.seed))},
+        "same_speaker": same_speaker,
         "depth": curve,
         "use": codebook_use(encode_clips(more_clips, tokenizer), tokenizer.config.codebook_size),
         "clips": rows,
@@ -224,8 +226,11 @@ def listen(
 
 def compare_speakers(
     tools: Tools, tally: Tally, conversations: list[str], speakers: list[str], waves: list[dict[str, np.ndarray]]
-) -> None:
-    """Each copy against its original, and the two baselines that the number is read between."""
+) -> float | None:
+    """Each copy against its original, and the two baselines that the number is read between.
+
+    Returns the median cosine of two originals of a speaker; None if no speaker has two.
+    """
     voices = [
         {system: tools.embed(wave) for system, wave in systems.items()}
         for systems in tqdm(waves, desc="comparing speakers", unit="clip")
@@ -242,6 +247,10 @@ def compare_speakers(
         }
         for name, (system, others) in pairs.items():
             tally.add("speaker_similarity", name, conversation, mean_cosine, own[system], others)
+    originals = [(speaker, v[ORIGINAL]) for speaker, v in zip(speakers, voices, strict=True)]
+    heard = [(speaker, voice) for speaker, voice in originals if not isinstance(voice, NotMeasurable)]
+    cosines = [float(a @ b) for (one, a), (other, b) in itertools.combinations(heard, 2) if one == other]
+    return float(np.median(cosines)) if cosines else None
 
 
 @torch.inference_mode()
@@ -249,7 +258,7 @@ def encode_clips(clips: list[Clip], tokenizer: AudioTokenizer) -> list[Coded]:
     """Clips with their codes, for counts of codes and for the gates."""
     coded = []
     for turn, samples in tqdm(clips, desc="encoding", unit="clip"):
-        codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])[0].numpy()  # (T, K)
+        codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])[0].cpu().numpy()  # (T, K)
         coded.append(Coded(conversation_of(turn), turn.speaker_id, turn.text, samples, codes))
     return coded
 
@@ -551,11 +560,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
     if model is not None:
         own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
-        own["missing"] = sorted(conversation_metrics_missing())
+        own["missing"] = sorted({*tools.missing, *conversation_metrics_missing()})
         report["model"] = reuse_or_measure(
             args.out,
             "model",
-            {**dataclasses.asdict(settings), **own, "steps": steps_of(checkpoint)},
+            {**shared, **dataclasses.asdict(settings), **own, "steps": steps_of(checkpoint)},
             lambda audio: evaluate_model(
                 model, tokenizer, held_out(args.data, model, tokenizer), tools, settings, audio
             ),
@@ -574,7 +583,7 @@ def ears_of(args: argparse.Namespace) -> tuple[Ears, dict[str, str]]:
 
 def validate(args: argparse.Namespace, settings: Settings) -> int:
     """Whether the metrics tell good from bad, on real held-out conversations of --data; the exit code."""
-    ears, missing = ears_of(args)
+    ears, missing = Ears(args.asr), packages_missing()
     chosen = conversations_of(args.data, settings.max_clips, settings.seed)
     records = measure_all(chosen, missing, ears, settings.seed, args.workers, args.out)
     verdicts = judge(records, settings.seed)

@@ -68,11 +68,15 @@ class ResidualQuantizer(nn.Module):
         )
         self.n_codes = n_codes
 
-    def forward(self, x: Tensor, depth: Tensor) -> Quantized:
-        """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks."""
+    def forward(self, x: Tensor, depth: Tensor, live: Tensor | None = None) -> Quantized:
+        """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks.
+
+        `live` (B, T): which frames are speech and no padding, from which nothing is learnt; all by default.
+        """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            tokens = x.size(0) * x.size(1)
+            counted = ... if live is None else live
+            tokens = x[counted].numel() // x.size(2)
             tokens = over_ranks(tokens, x.device) if self.training else tokens
             uniform = tokens / self.n_codes  # tokens per code in this batch, were all used alike
             residual, total = x, torch.zeros_like(x)
@@ -80,8 +84,8 @@ class ResidualQuantizer(nn.Module):
             for k, level in enumerate(self.levels):
                 level._codebook.threshold_ema_dead_code = self.DEAD * uniform
                 level._codebook.reset_cluster_size = uniform  # the library would use the threshold itself
-                chosen, index, _ = level(residual.detach())  # (B, T, D), (B, T)
-                commitment.append(F.mse_loss(residual, chosen))
+                chosen, index, _ = level(residual.detach(), mask=live)  # (B, T, D) 0 where not live, (B, T)
+                commitment.append(F.mse_loss(residual[counted], chosen[counted]))
                 residual = residual - chosen
                 total = total + chosen * (depth > k).view(-1, 1, 1)
                 codes.append(index)

@@ -95,12 +95,17 @@ def refuse_other_settings(folder: Path, settings: dict) -> None:
     previous = read_settings(folder)
     if previous is None:
         return
-    before = by_name({name: previous.get(name) for name in settings})
+    before = by_name({name: previous[name] for name in settings if name in previous})
     now = by_name(json.loads(json.dumps(settings, default=str)))
     for name in {**now, **before}:
-        if before.get(name) != now.get(name):
+        if name not in before:
             raise ValueError(
-                f"the run in {folder} was started with {name}={before.get(name)}, now it is {now.get(name)}; "
+                f"the run in {folder} was started by a version that did not know {name}; "
+                "give another --out to start anew"
+            )
+        if before[name] != now.get(name):
+            raise ValueError(
+                f"the run in {folder} was started with {name}={before[name]}, now it is {now.get(name)}; "
                 "give the same value to go on, or another --out to start anew"
             )
 

@@ -42,6 +42,7 @@ from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import save_tokenizer
 from semantic_teacher import teacher_features
+from turn_shards import data_digest
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
 MIN_SECONDS = 30  # of training audio
@@ -182,13 +183,15 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:
     """Start, resume or skip the run in `out`; the exit code."""
     config = as_measured(config, read_settings(out))
-    refuse_other_settings(out, {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE})
+    fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if (out / RESULTS).is_file():
+        refuse_other_settings(out, {k: v for k, v in fixed.items() if k in read_settings(out)})
         if ranks.first:
             print(f"{out} holds a tokenizer trained for all {config.max_steps} steps; nothing to do")
             report(out)
         return EXIT_DONE
     crops, held_out, utterances = load_audio(data, config.seed)
+    refuse_other_settings(out, {**fixed, "data": data_digest(data)})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
         folder = data / "teacher"
@@ -199,7 +202,11 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     run.optimizers = make_optimizers(run.model, run.config, run.heads)
     state = load_newest_state(out)
     if state is not None:
-        run.restore(state)
+        try:
+            run.restore(state)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{out} holds the state of another version ({reason}); give another --out") from error
     if not ranks.first:
         with StopSignals() as stop:
             stopped = train(run, None, lambda: None, stop)
@@ -209,7 +216,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
         f"{ranks.n} process(es) of {threads} thread(s), {device}, from step {run.step} of {config.max_steps}"
     )
-    log = RunLog(out, dataclasses.asdict(run.config), run.step)
+    log = RunLog(out, {**dataclasses.asdict(run.config), "data": data_digest(data)}, run.step)
     with contextlib.closing(log), StopSignals() as stop:
         stopped = train(run, log, lambda: save_state(out, run.step, run.state()), stop)
     if stopped and run.step < config.max_steps:

@@ -376,6 +376,12 @@ def read_ledger(data_dir: Path) -> list[LedgerEntry]:
     return entries
 
 
+def data_digest(data_dir: Path) -> str:
+    """16 hexadecimal digits that stand for the content of all committed shards."""
+    content = " ".join(entry.sha256 or "" for entry in read_ledger(data_dir))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def read_lines(path: Path) -> list[LedgerEntry]:
     """All whole lines; a last line torn by a crash is left out. ValueError: an earlier line is damaged."""
     entries: list[LedgerEntry] = []

@@ -19,6 +19,7 @@ from codec_gates import (
     codebook_use,
     monotone_gate,
     print_gates,
+    speaker_gate,
     speed_gates,
     stream_gates,
     swap,
@@ -30,7 +31,6 @@ from codec_probes import (
     Coded,
     Gate,
     character_gates,
-    code_vectors,
     edit_distance,
     look_up,
     predict_speakers,
@@ -122,7 +122,7 @@ def test_texts_that_do_not_fit_their_frames_are_not_learnt():
 
 def test_looked_up_vectors_are_those_that_the_decoder_sums(tokenizer):
     (clip,) = spoken(tokenizer, 1)
-    tables, codes = code_vectors(tokenizer), torch.from_numpy(clip.codes)[None]
+    tables, codes = tokenizer.code_vectors(), torch.from_numpy(clip.codes)[None]
     for books, stack in ((slice(0, 2), tokenizer.semantic), (slice(2, None), tokenizer.acoustic)):
         (frames,) = look_up([clip], tables, books)
         assert torch.allclose(frames, stack.decode(codes[..., books])[0], atol=1e-6)
@@ -130,7 +130,7 @@ def test_looked_up_vectors_are_those_that_the_decoder_sums(tokenizer):
     mimi = MimiTokenizer(tiny_mimi())
     c = mimi.config
     codes = torch.arange(3 * c.n_codebooks).view(1, 3, -1) % c.codebook_size
-    tables = code_vectors(mimi)
+    tables = mimi.code_vectors()
     assert len(tables) == c.n_codebooks and all(len(table) == c.codebook_size for table in tables)
     (frames,) = look_up([clip._replace(codes=codes[0].numpy())], tables, slice(0, c.n_semantic))
     half = mimi.quantizer.semantic_residual_vector_quantizer
@@ -280,10 +280,20 @@ def test_speed_is_measured_per_frame_at_one_thread_and_the_threads_are_put_back(
 NAMES = {
     "codebook usage", "perplexity / V", "log10-mel distance", "PESQ wide band", "STOI", "depth curve, log10-mel",
     "WER, originals", "WER, all codebooks", "WER, copies less originals", "WER, semantic codebooks alone",
+    "similarity of copies to originals",
     "CER of the probe, semantic less acoustic", "speaker probe, semantic less acoustic",
     "swap, WER to the text of A", "swap, voice to A", "swap, voice to B",
     "streamed codes", "streamed wave", "encoded twice", "real-time factor, streamed", "real-time factor, decoder",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "median", "passed"), [(0.9, 0.8, True), (0.7, 0.8, False), (0.9, None, None)])
+def test_a_copy_must_be_nearer_than_two_originals_of_a_speaker(found, median, passed):
+    figure = Figure(value=found, low=found, high=found, n=5, conversations=2, excluded={})
+    gate = speaker_gate({"speaker_similarity": {f"{FULL} to its original": figure}}, median, {})
+    assert (gate.value, gate.threshold, gate.passed) == (found, median, passed)
+    missing = speaker_gate({}, None, {"speaker_similarity": "resemblyzer not installed"})
+    assert missing.verdict == "not measured" and "needs resemblyzer" in missing.note
 
 
 def flags(data, tokenizer, out, *more: str) -> list[str]:

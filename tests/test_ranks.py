@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from codec_batches import Crops
+from codec_training import TrainConfig, build_run
 from ranks import Ranks, join_ranks
 from run_folder import read_metrics
 
@@ -107,6 +109,12 @@ def test_alone_nothing_is_exchanged():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="batch_size=5 must be a multiple of the 2 processes"):
         Ranks(0, 2).share_of(5)
+
+
+def test_half_a_batch_that_does_not_divide_is_refused_before_the_first_step():
+    config = TrainConfig(preset="debug", batch_size=6, ctc_weight=1.0)
+    with pytest.raises(ValueError, match=r"half of batch_size.*=3 must be a multiple of the 2 processes"):
+        build_run(config, Crops([]), [], torch.device("cpu"), ranks=Ranks(0, 2))
 
 
 def test_two_processes_exchange(tmp_path):

@@ -64,6 +64,21 @@ def test_every_level_learns_even_when_no_sample_keeps_it():
     assert all(not torch.equal(level.codebook, book) for level, book in zip(stack.levels, before, strict=True))
 
 
+def test_padding_moves_no_codebook():
+    learnt = []
+    for padding in (0, 300):
+        stack, x = quantizer()
+        stack.train()
+        padded = torch.nn.functional.pad(x, (0, 0, 0, padding), value=7.0)
+        live = torch.arange(100 + padding).expand(4, -1) < 100
+        depth = torch.full((4,), 6)
+        for _ in range(3):
+            torch.manual_seed(0)
+            out = stack(padded, depth, live)
+        learnt.append([out.latents[:, :100], *(level.codebook.clone() for level in stack.levels)])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*learnt, strict=True))
+
+
 def test_evaluation_leaves_the_codebooks_alone():
     stack, x = quantizer()
     before = [level.codebook.clone() for level in stack.levels]

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,19 @@ from conftest import voice, write_tiny_data
 import codec_training
 import train_tokenizer
 from audio import FRAME_SAMPLES, read_audio
-from checkpointing import load_newest_state, load_state, state_files
-from codec_batches import Crops, Utterances, draw_depths
-from codec_training import CONTINUOUS, DECODER, QUANTISED, TrainConfig, build_run, fastest, lr_at, train_step
+from checkpointing import load_newest_state, load_state, save_state, state_files
+from codec_batches import Crops, Depths, Utterances, draw_depths
+from codec_training import (
+    CONTINUOUS,
+    DECODER,
+    QUANTISED,
+    TrainConfig,
+    build_run,
+    fastest,
+    heard_terms,
+    lr_at,
+    train_step,
+)
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
@@ -224,6 +235,16 @@ def test_rates_of_encoder_and_decoder_end_with_their_last_stage():
     assert lr_at(50, c) == lr_at(80, c) == lr_at(100, c, decoder=True) == pytest.approx(0, abs=1e-9)
 
 
+def test_of_a_pause_and_of_few_codebooks_nothing_heard_is_asked():
+    trained = build_run(TrainConfig(preset="debug"), crops(), [], torch.device("cpu"))
+    wave = torch.from_numpy(voice(1.0, 120, rate=24_000)).float().expand(3, -1) * torch.tensor([[1.0], [1.0], [0.01]])
+    estimate = (wave + 0.002 * torch.randn(wave.shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    n_acoustic = trained.model.config.n_acoustic_codebooks
+    depths = Depths(torch.full((3,), 2), torch.tensor([n_acoustic, 0, n_acoustic]))
+    heard_terms(trained, estimate, wave, depths)["loss"].backward()
+    assert [row.norm().item() > 0 for row in estimate.grad] == [True, False, False]
+
+
 @pytest.mark.parametrize("adversarial", [0.0, 0.5])
 def test_codes_are_final_when_the_last_stage_begins(adversarial):
     config = TrainConfig(preset="debug", max_steps=10, stage_a=0.3, stage_c=0.4, adversarial=adversarial, lr=1e-2)
@@ -372,6 +393,48 @@ def test_other_settings_in_the_same_folder_are_refused(whole, shared_data, capsy
     assert run(main, arguments(shared_data, whole, lr=0.5)) == EXIT_INPUT
     error = capsys.readouterr().err
     assert "started with lr=" in error and error.count("\n") == 1
+
+
+def test_other_data_for_a_stopped_run_are_refused(shared_data, tmp_path, monkeypatch, capsys):
+    other, out = tmp_path / "other", tmp_path / "run"
+    write_tiny_data(other, n_conversations=28)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGINT)
+        run(main, arguments(shared_data, out))
+    assert run(main, arguments(other, out)) == EXIT_INPUT
+    assert "was started with data=" in capsys.readouterr().err
+    assert run(main, arguments(shared_data, out)) == EXIT_DONE
+
+
+def test_run_of_an_older_version_is_shown_when_finished_and_refused_when_not(
+    whole, shared_data, tmp_path, monkeypatch, capsys
+):
+    finished, stopped = tmp_path / "finished", tmp_path / "stopped"
+    shutil.copytree(whole, finished)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGINT)
+        run(main, arguments(shared_data, stopped))
+    for out in (finished, stopped):
+        settings = json.loads((out / "settings.json").read_text())
+        del settings["hearing"]
+        (out / "settings.json").write_text(json.dumps(settings))
+    assert run(main, arguments(shared_data, finished)) == EXIT_DONE
+    assert "nothing to do" in capsys.readouterr().out
+    assert run(main, arguments(shared_data, stopped)) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "by a version that did not know hearing" in error and error.count("\n") == 1
+
+
+def test_state_of_other_tensors_is_refused_in_one_line(shared_data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGINT)
+        run(main, arguments(shared_data, tmp_path))
+    capsys.readouterr()
+    state = load_newest_state(tmp_path)
+    state["model"] = {f"old.{name}": value for name, value in state["model"].items()}
+    save_state(tmp_path, state["step"], {name: value for name, value in state.items() if name != "step"})
+    assert run(main, arguments(shared_data, tmp_path)) == EXIT_INPUT
+    assert "holds the state of another version" in capsys.readouterr().err
 
 
 def test_settings_of_saving_and_evaluating_may_change(whole, shared_data):
