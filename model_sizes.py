@@ -250,15 +250,19 @@ def _block_bytes(c: TransformerConfig, bf16: bool) -> int:
 
 
 class FrameCost(NamedTuple):
-    """One generated frame, the context full, batch 1."""
+    """One generated frame, batch 1."""
 
     depth_passes: float  # of the depth decoder
     flops: float  # two for a multiplication with addition
     bytes_moved: float  # weights and KV cache read, each once a pass
 
 
-def frame_cost(config: CSMConfig, bytes_per_weight: int = 4) -> FrameCost:
-    """Arithmetic and memory traffic of a frame: one backbone row, then stage 1 and 2 of the depth decoder."""
+def frame_cost(config: CSMConfig, bytes_per_weight: int = 4, context: int | None = None) -> FrameCost:
+    """Arithmetic and memory traffic of a frame: one backbone row, then stage 1 and 2 of the depth decoder.
+
+    `context`: rows that the backbone looks back on; by default as many as it can.
+    """
+    context = config.max_positions if context is None else context
     K, S, C, A = config.n_codebooks, config.n_semantic, config.acoustic_delay, config.audio_vocab_size
     b, d = config.backbone, config.depth
     passes = K - 1.0 if C == 0 else S - 1 + (K - S) / C
@@ -267,8 +271,8 @@ def frame_cost(config: CSMConfig, bytes_per_weight: int = 4) -> FrameCost:
     positions = K if C == 0 else K + S  # stage 2 reads its chunk's semantic codes anew
     calls = 1 if C == 0 else 2  # of the decoder: what it reads of codes lies ready, of the backbone's state it does not
     flops = 2 * (backbone + b.d_model * A + heads + calls * projection + positions * d.n_layers * _block_matrices(d))
-    cache = 2 * b.n_layers * b.n_kv_heads * b.d_head * config.max_positions
-    flops += 4 * b.n_layers * b.n_heads * b.d_head * config.max_positions
+    cache = 2 * b.n_layers * b.n_kv_heads * b.d_head * context
+    flops += 4 * b.n_layers * b.n_heads * b.d_head * context
     stage_two = heads * (K - S) / (K - 1) * (1 - 1 / max(1, C))  # heads that a chunk of frames shares
     read = backbone + b.d_model * A + cache + heads - stage_two
     read += passes * d.n_layers * _block_matrices(d) + projection * (1 if C == 0 else 1 + 1 / C)

@@ -7,6 +7,9 @@ after another, greedy on both sides, which must say the same; alternating in one
     ours, int8       the same with weights of 8 bits, on a CPU; with --compile also both compiled
     transformers     generate() as it comes; with --static with its static caches
 
+The same for --together conversations of the same prompt at once: ours as `speaking_together.py` does it, each backbone
+row of its own and one pass of the depth decoder for all, theirs as one batch.
+
 Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time to the first
 audio, the real-time factor, and how much less time --together conversations take that speak at once than one after the
 other. The floor is how long the memory needs to bring the weights and keys that a frame reads, at the bandwidth
@@ -57,25 +60,29 @@ def prompt_of(config: CSMConfig) -> list[int]:
 
 
 @torch.inference_mode()
-def our_frames(model: InferenceModel, ids: list[int], n: int) -> tuple[Tensor, float]:
-    """Greedy codes (n, K) after a prompt, and milliseconds per frame without the prompt."""
-    layout, clock = model.config.layout, Clock()
+def our_frames(model: InferenceModel, ids: list[int], n: int, batch: int = 1) -> tuple[Tensor, float]:
+    """Greedy codes (batch, n, K) after a prompt, and milliseconds per frame of one without the prompt."""
+    layout = model.config.layout
     speaker = Speaker(model, Sampling(temperature=0), torch.Generator())
-    cache, frames = CSMCache(model.model), []
-    clock.begin_turn()
-    hidden = model.hidden(layout.text_rows(ids, 1, clock).batch(), cache)[:, -1]
+    talks = [(Clock(), CSMCache(model.model)) for _ in range(batch)]
+    for clock, _ in talks:
+        clock.begin_turn()
+    hidden = [model.hidden(layout.text_rows(ids, 1, clock).batch(), cache)[:, -1] for clock, cache in talks]
+    frames: list[Tensor] = []  # (batch, K) each
     began = time.perf_counter()
     for _ in range(n):
-        frames.append(speaker.first_codes(hidden)[0])
-        hidden = model.hidden(layout.audio_row(torch.stack(frames), clock).batch(), cache)[:, -1]
-    return torch.stack(frames), 1000 * (time.perf_counter() - began) / n
+        frames.append(speaker.first_codes(torch.cat(hidden)))
+        codes = torch.stack(frames, dim=1)
+        rows = [layout.audio_row(own, clock).batch() for own, (clock, _) in zip(codes, talks, strict=True)]
+        hidden = [model.hidden(row, cache)[:, -1] for row, (_, cache) in zip(rows, talks, strict=True)]
+    return torch.stack(frames, dim=1), 1000 * (time.perf_counter() - began) / (n * batch)
 
 
 @torch.inference_mode()
-def their_frames(twin: nn.Module, ids: list[int], n: int, static: bool) -> tuple[Tensor, float]:
+def their_frames(twin: nn.Module, ids: list[int], n: int, static: bool, batch: int = 1) -> tuple[Tensor, float]:
     """The same by transformers; the prompt's time is that of a generation of one frame less one of its frames."""
     kind = {"cache_implementation": "static"} if static else {}
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([ids] * batch)
     common = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "do_sample": False, **kind}
     common |= {"depth_decoder_do_sample": False, "output_audio": False}
     began = time.perf_counter()
@@ -83,7 +90,7 @@ def their_frames(twin: nn.Module, ids: list[int], n: int, static: bool) -> tuple
     one = time.perf_counter() - began
     began = time.perf_counter()
     codes = twin.generate(**common, max_new_tokens=n + 1)
-    return codes[0, :n], 1000 * (time.perf_counter() - began - one) / n
+    return codes[:, :n], 1000 * (time.perf_counter() - began - one) / (n * batch)
 
 
 def bandwidth(dtype: torch.dtype) -> float:
@@ -140,6 +147,28 @@ def with_everything(
     return found | {"together_ratio": alone / (time.perf_counter() - began)}
 
 
+def same_frames(ours: Tensor, theirs: Tensor) -> float:
+    """Share of equal frames, each (batch, n, K)."""
+    return float((ours == theirs).all(dim=2).float().mean())
+
+
+def at_once(args: argparse.Namespace, model: InferenceModel, twin: nn.Module, ids: list[int]) -> dict[str, float]:
+    """`--together` conversations on both sides, alternating, in half of the rounds."""
+    ours, theirs = [], []
+    for _ in range(-(-args.rounds // 2)):
+        codes, ms = our_frames(model, ids, args.frames, args.together)
+        ours.append(ms)
+        their_codes, ms = their_frames(twin, ids, args.frames, args.static, args.together)
+        theirs.append(ms)
+    return {
+        "conversations": args.together,
+        "ms_per_frame": statistics.median(ours),
+        "peer_ms_per_frame": statistics.median(theirs),
+        "speedup": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+        "equal_frames": same_frames(codes, their_codes),
+    }
+
+
 def measure(args: argparse.Namespace) -> dict:
     """All numbers."""
     torch.manual_seed(args.seed)
@@ -161,15 +190,16 @@ def measure(args: argparse.Namespace) -> dict:
             times[name].append(ms)
         their_codes, ms = their_frames(twin, ids, args.frames, args.static)
         times["theirs"].append(ms)
-    equal = {name: float((own == their_codes).all(dim=1).float().mean()) for name, own in codes.items()}
+    equal = {name: same_frames(own, their_codes) for name, own in codes.items()}
     ms = {name: statistics.median(own) for name, own in times.items()}
     found = {}
     for name, side in sides.items():
         ratio = statistics.median(theirs / own for theirs, own in zip(times["theirs"], times[name], strict=True))
         weights = {"own_weights_mib": side.depth.nbytes / 2**20} if name != "ours" else {}
         found[name] = {"ms_per_frame": ms[name], "speedup": ratio, "equal_frames": equal[name], **weights}
+    together = at_once(args, sides["ours"], twin, ids)
     del twin, sides
-    read = frame_cost(model.config, DTYPES[args.dtype].itemsize).bytes_moved
+    read = frame_cost(model.config, DTYPES[args.dtype].itemsize, len(ids) + args.frames).bytes_moved
     speed = bandwidth(DTYPES[args.dtype])
     whole = {"ours": {}, "int8": {"int8": True}}
     whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
@@ -186,6 +216,7 @@ def measure(args: argparse.Namespace) -> dict:
         "floor_ms_per_frame": 1000 * read / speed,
         "gigabytes_per_s": speed / 1e9,
         "sides": found,
+        "together": together,
         "with_additions_and_codec": {name: with_everything(args, **how) for name, how in whole.items() if args.whole},
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
     }
@@ -227,6 +258,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {name:15}{ms:8.1f} ms a frame, real-time factor {ms / FRAME_MS:.2f}, ratio {ratio:.2f}; {equal}")
     print(f"  transformers   {found['peer_ms_per_frame']:8.1f} ms a frame")
     print(f"  floor          {found['floor_ms_per_frame']:8.1f} ms a frame at {found['gigabytes_per_s']:.1f} GB/s")
+    many = found["together"]
+    print(
+        f"  {many['conversations']} at once: ours {many['ms_per_frame']:.1f}, transformers "
+        f"{many['peer_ms_per_frame']:.1f} ms a frame of one, ratio {many['speedup']:.2f}"
+    )
     for side, whole in found["with_additions_and_codec"].items():
         factor, first = whole["real_time_factor"], whole["first_audio_ms"]
         print(

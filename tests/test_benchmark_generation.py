@@ -16,6 +16,9 @@ def test_both_sides_say_the_same_and_all_figures_are_there(capsys):
     assert set(found["sides"]) == {"ours", "int8"}
     assert found["sides"]["ours"]["equal_frames"] == 1.0 and found["sides"]["int8"]["speedup"] > 0
     assert found["peak_memory_mib"] > 100
+    many = found["together"]
+    assert many["conversations"] == 2 and many["equal_frames"] == 1.0
+    assert many["speedup"] == pytest.approx(many["peer_ms_per_frame"] / many["ms_per_frame"])
     assert found["speedup"] == pytest.approx(found["peer_ms_per_frame"] / found["ms_per_frame"])
     assert found["real_time_factor"] == pytest.approx(found["ms_per_frame"] / 80)
     assert found["floor_ms_per_frame"] > 0 and 1 < found["gigabytes_per_s"] < 10_000
