@@ -240,10 +240,13 @@ def chat(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """The mode web."""
+    if args.voice is not None:
+        raise ValueError("--voice is not for --mode web, whose voices are those of the collected data (--data)")
+    use_threads(args.threads)  # before anything is compiled; the studio's thread does so for itself
     try:
         import uvicorn
 
-        from speech_server import Studio, collected_voices, make_app
+        from speech_server import Studio, collected_voices, hide_interruptions, make_app
     except ImportError as error:
         raise MissingRequirement(
             f"--mode web needs more packages ({error}): python setup_environment.py --extras data eval web"
@@ -256,7 +259,9 @@ def serve(args: argparse.Namespace) -> int:
         with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
             app = make_app(engine, voices, studio, Path(args.checkpoint).name)
             print(f"http://{args.host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[own])
+            hide_interruptions()
+            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+            uvicorn.Server(config).run(sockets=[own])
     return EXIT_DONE
 
 

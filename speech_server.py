@@ -8,8 +8,8 @@
     GET  /talk/ID                 the turns of a conversation; DELETE forgets it
 
 PCM is 24 kHz, mono. wav and pcm are sent while they are spoken. One thread does all of torch's work; up to `speaking`
-requests share each pass of the depth decoder, `waiting` more queue, others are told to come back (429). Errors are
-JSON as OpenAI's: {"error": {"message", "type", "param", "code"}}.
+requests share each pass of the depth decoder, `waiting` more queue, others are told to come back (429). A file to be
+heard lasts at most a minute (413). Errors are JSON as OpenAI's: {"error": {"message", "type", "param", "code"}}.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import collections
 import concurrent.futures
 import contextlib
 import io
-import queue
+import logging
 import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import soundfile
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,7 +49,9 @@ from turn_shards import ledgers, read_turns
 PAGE = Path(__file__).with_name("web_page.html")
 MOST_INPUT = 4096  # characters, as OpenAI's
 MOST_BYTES = 10 * 2**20  # of a body
-MOST_TALKS = 8  # conversations kept, each with its keys and values; the one longest unused is forgotten
+MOST_SECONDS = 60  # of a file to be heard, and its samples in all channels: silence is packed a thousandfold
+MOST_SAMPLES = MOST_SECONDS * 2 * 96_000
+MOST_TALKS = 8  # conversations kept, each with its keys and values; the silent one longest unused is forgotten
 MOST_VOICES = 50
 NO_VOICE = "none"  # the name of whatever voice the model draws
 MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "flac": "audio/flac", "mp3": "audio/mpeg"}
@@ -124,8 +126,9 @@ class Studio:
         self.together = Together()
         self.live: dict[Job, None] = {}
         self.waiting: collections.deque[Job] = collections.deque()
-        self.calls: queue.Queue[tuple[Callable, concurrent.futures.Future] | None] = queue.Queue()
+        self.calls: collections.deque[tuple[Callable, concurrent.futures.Future]] = collections.deque()
         self.closed = False
+        self.woken = threading.Event()
         self.thread = threading.Thread(target=self.run, name="studio", daemon=True)
         self.thread.start()
 
@@ -134,48 +137,62 @@ class Studio:
         if len(self.waiting) >= self.most_waiting:
             raise Busy(f"{len(self.live)} requests are spoken and {len(self.waiting)} wait; try again later")
         self.waiting.append(job)
-        self.calls.put(None)  # wakes the thread
+        self.woken.set()
 
     async def call(self, function: Callable):
-        """Run something in the thread that owns the model; its result or error."""
+        """Run something in the thread that owns the model; its result or error. Busy: too many wait."""
+        if len(self.calls) >= self.most_waiting:
+            raise Busy(f"{len(self.calls)} calls wait; try again later")
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self.calls.put((function, future))
+        self.calls.append((function, future))
+        self.woken.set()
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         self.closed = True
-        self.calls.put(None)
+        self.woken.set()
         self.thread.join()
 
     def run(self) -> None:
         torch.set_num_threads(self.threads)
         while not self.closed:
-            self.answer_calls(block=not self.live and not self.waiting)
-            while self.waiting and len(self.live) < self.speaking:
-                self.start(self.waiting.popleft())
-            for job in [job for job in self.live if job.cancelled]:
-                self.end(job, None)
-            for job, found in self.together.round():
-                if isinstance(found, np.ndarray):
-                    job.put(found)
-                elif found is None and job.texts and not job.cancelled:
-                    self.next_text(job)
-                else:
-                    self.end(job, found)
+            if not self.live and not self.waiting and not self.calls:
+                self.woken.wait()
+            self.woken.clear()
+            try:
+                self.round()
+            except Exception as error:  # nobody's own, as of the pass that all share
+                for job in list(self.live):
+                    self.end(job, error)
         for job in list(self.live):
             self.end(job, None)
 
-    def answer_calls(self, block: bool) -> None:
-        with contextlib.suppress(queue.Empty):
-            while (item := self.calls.get(block=block)) is not None:
-                function, future = item
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
-                block = False
+    def round(self) -> None:
+        """One call is answered, who waits begins, and all speak on."""
+        self.end_cancelled()
+        if self.calls:
+            self.answer(*self.calls.popleft())
+        while self.waiting and len(self.live) < self.speaking:
+            self.start(self.waiting.popleft())
+        for job, found in self.together.round():
+            if isinstance(found, np.ndarray):
+                job.put(found)
+            elif found is None and job.texts and not job.cancelled:
+                self.next_text(job)
+            else:
+                self.end(job, found)
+
+    def answer(self, function: Callable, future: concurrent.futures.Future) -> None:
+        self.end_cancelled()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
     def start(self, job: Job) -> None:
+        self.end_cancelled()  # perhaps an interrupted turn of the same conversation
         if job.cancelled:
             return
         self.live[job] = None
@@ -189,9 +206,16 @@ class Studio:
         """The next piece of a long text is the next turn of the same speaker."""
         self.together.begin(job, job.conversation, job.speaker, job.texts.popleft())
 
+    def end_cancelled(self) -> None:
+        for job in [job for job in self.live if job.cancelled]:
+            self.end(job, None)
+
     def end(self, job: Job, found: Exception | None) -> None:
-        self.together.stop(job)
         self.live.pop(job, None)
+        try:
+            self.together.stop(job)  # decodes what was drawn
+        except Exception as error:
+            found = found or error
         job.put(found)
 
 
@@ -222,18 +246,33 @@ def encoded(pcm: bytes, container: str) -> bytes:
     return file.getvalue()
 
 
-async def streamed(job: Job, head: bytes, media: str) -> Response:
-    """A response that begins with the first samples, so that an error before them has its own status."""
+def heard(content: bytes) -> np.ndarray:
+    """The samples of an uploaded file. HTTPException 413: it is too long; ValueError: it is no audio."""
+    with contextlib.suppress(soundfile.LibsndfileError):  # `read_audio` says what is wrong
+        info = soundfile.info(io.BytesIO(content))
+        if info.duration > MOST_SECONDS or info.frames * info.channels > MOST_SAMPLES:
+            found = f"{info.duration:.0f} s of {info.channels} channels at {info.samplerate} Hz"
+            raise HTTPException(413, f"{found}; at most {MOST_SECONDS} s and {MOST_SAMPLES} samples are heard")
+    return read_audio(content)[0]
+
+
+async def streamed(job: Job, container: str) -> Response:
+    """A response that begins once there are samples, so that an error before them has its own status. A client that
+    hangs up ends it, also while a whole file is collected."""
     parts = pcm_of(job)
     first = await anext(parts, b"")
 
     async def body() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(parts):
-            yield head + first
+            if container in ("flac", "mp3"):
+                whole = first + b"".join([part async for part in parts])
+                yield await asyncio.to_thread(encoded, whole, container)
+                return
+            yield (wav_header() if container == "wav" else b"") + first
             async for part in parts:
                 yield part
 
-    return StreamingResponse(body(), media_type=media)
+    return StreamingResponse(body(), media_type=MEDIA[container])
 
 
 # ---- the application -------------------------------------------------------------------------------------------------
@@ -255,12 +294,14 @@ class Talks:
 
     def get(self, name: str, live: Iterable[Job]) -> Conversation:
         """The conversation of that name, a new one if there is none. ValueError if one of the jobs speaks in it."""
+        speaking = {id(job.conversation) for job in live}
         if name not in self.kept:
+            silent = [other for other, talk in self.kept.items() if id(talk) not in speaking]
+            for other in silent[: max(0, len(self.kept) + 1 - MOST_TALKS)]:
+                del self.kept[other]
             self.kept[name] = self.engine.conversation(self.engine.voice.seed)
-            while len(self.kept) > MOST_TALKS:
-                self.kept.pop(next(iter(self.kept)))
         self.kept.move_to_end(name)
-        if any(self.kept[name] is job.conversation for job in live):
+        if id(self.kept[name]) in speaking:
             raise ValueError("somebody speaks in this conversation already")
         return self.kept[name]
 
@@ -273,6 +314,12 @@ class Talks:
             clip = self.voices[voice]
             talk.add_turn(speaker, clip.text, codes=clip.codes)
         return talk
+
+
+def hide_interruptions() -> None:
+    """Responses that the end of the server cuts off are no errors to be logged with a traceback."""
+    cut = asyncio.CancelledError
+    logging.getLogger("uvicorn.error").addFilter(lambda line: not (line.exc_info and isinstance(line.exc_info[1], cut)))
 
 
 def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name: str = "csm") -> FastAPI:
@@ -329,11 +376,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         texts = turns_of(wanted.input, engine.voice.raw_text)
         job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), 0, texts)
         studio.submit(job)
-        media = MEDIA[wanted.response_format]
-        if wanted.response_format in ("wav", "pcm"):
-            return await streamed(job, wav_header() if wanted.response_format == "wav" else b"", media)
-        whole = b"".join([part async for part in pcm_of(job)])
-        return Response(encoded(whole, wanted.response_format), media_type=media)
+        return await streamed(job, wanted.response_format)
 
     @app.post("/talk/{name}/say")
     async def say(name: str, wanted: SayRequest) -> Response:
@@ -346,11 +389,11 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
 
         job = Job(talk, wanted.speaker, texts)
         studio.submit(job)
-        return await streamed(job, b"", MEDIA["pcm"])
+        return await streamed(job, "pcm")
 
     @app.post("/talk/{name}/hear")
-    async def hear(name: str, request: Request, speaker: int = 0) -> dict:
-        samples = read_audio(await request.body())[0]
+    async def hear(name: str, request: Request, speaker: Annotated[int, Query(ge=0, le=99)] = 0) -> dict:
+        samples = await asyncio.to_thread(heard, await request.body())
 
         def listen() -> str:
             return talks.get(name, studio.live).listen(speaker, samples=samples)

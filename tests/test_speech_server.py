@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 import uvicorn
 from conftest import full_model, voice
 
@@ -117,6 +119,15 @@ def samples_of(content: bytes) -> np.ndarray:
     return np.frombuffer(content, "<i2")
 
 
+def until(condition, seconds: float = 20.0):
+    """What the condition comes to once it holds."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+    return found
+
+
 def close_to(found: np.ndarray, expected: np.ndarray) -> bool:
     return len(found) == len(expected) and int(np.abs(found.astype(int) - expected).max(initial=0)) <= 1
 
@@ -192,7 +203,21 @@ def test_wrong_addresses_methods_and_sizes_are_json_errors(server):
     assert server.error("/v1/audio/speech", method="GET")[0] == 405
     assert server.error("/v1/audio/speech", b"x", headers={"Content-Length": str(2**30)})[0] == 413
     assert server.error("/talk/x/hear", b"this is no audio")[0] == 400
-    assert server.error("/talk/x/hear?speaker=me", b"x")[0] == 400
+    for speaker in ("me", "-1", "100"):
+        status, error = server.error(f"/talk/x/hear?speaker={speaker}", b"x")
+        assert status == 400 and "speaker" in error["message"]
+
+
+@pytest.mark.parametrize(("seconds", "rate", "channels"), [(61, SAMPLE_RATE, 1), (30, 192_000, 8), (3600, 8000, 1)])
+def test_a_small_file_that_unpacks_to_much_is_refused_unread(server, seconds, rate, channels, monkeypatch):
+    packed = io.BytesIO()
+    with soundfile.SoundFile(packed, "w", rate, channels, format="FLAC") as file:
+        for _ in range(seconds):
+            file.write(np.zeros((rate, channels), dtype=np.int16))
+    assert len(packed.getvalue()) < speech_server.MOST_BYTES / 10
+    monkeypatch.setattr(speech_server, "read_audio", lambda content: pytest.fail("it was unpacked"))
+    status, error = server.error("/talk/x/hear", packed.getvalue())
+    assert status == 413 and f"{seconds} s of {channels} channels" in error["message"]
 
 
 def test_a_body_without_a_length_is_refused(server):
@@ -251,15 +276,86 @@ def test_a_hundred_at_once_are_served_or_told_to_come_back(server):
     assert ask(0)[0] == 200
 
 
-def test_who_hangs_up_is_spoken_to_no_longer(server):
-    long = {"input": LONG * 8, "response_format": "pcm"}
-    response = server.connect("POST", "/v1/audio/speech", long)
-    assert len(response.read(1000)) == 1000
-    assert server.studio.live
-    response.close()
-    began = time.monotonic()
-    assert server.idle() and time.monotonic() - began < 10
+@pytest.mark.parametrize("container", ["wav", "pcm", "flac", "mp3"])
+def test_who_hangs_up_is_spoken_to_no_longer(server, container):
+    asked = json.dumps({"input": LONG * 8, "response_format": container})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.request("POST", "/v1/audio/speech", asked, {"Content-Type": "application/json"})
+        job = until(lambda: next(iter(server.studio.live), None))
+    assert server.idle() and len(job.texts) > 10, "the text was spoken to its end, or nearly"
     assert server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "response_format": "pcm"})[0] == 200
+
+
+def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(server, monkeypatch):
+    draw, speakers = server.studio.together._draw, 2
+
+    def fail():
+        if len(server.studio.live) < speakers:
+            return draw()
+        monkeypatch.undo()
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(server.studio.together, "_draw", fail)
+    with concurrent.futures.ThreadPoolExecutor(speakers) as pool:
+        long = {"input": LONG * 8, "response_format": "flac"}
+        asked = [pool.submit(server.ask, "POST", "/v1/audio/speech", long) for _ in range(speakers)]
+        concurrent.futures.wait(asked)
+    for each in asked:  # an error status, or a body that breaks off
+        error = each.exception()
+        assert isinstance(error, http.client.IncompleteRead) if error else each.result()[0] == 500
+    assert server.studio.thread.is_alive() and server.idle()
+    assert server.ask("POST", "/v1/audio/speech", {"input": "Hi."})[0] == 200
+
+
+def test_who_interrupts_may_speak_at_once(server):
+    """Both requests come while the studio is busy with something else: the interrupted turn ends before the next."""
+    asked = json.dumps({"text": LONG * 8})
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.request("POST", "/talk/cut/say", asked, {"Content-Type": "application/json"})
+        connection.getresponse().read(100)
+        (job,) = server.studio.live
+        free = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            server.studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
+            until(lambda: not server.studio.calls)
+            connection.close()
+            until(lambda: job.cancelled)
+            next_one = pool.submit(server.ask, "POST", "/talk/cut/say", {"text": "Hi."})
+            until(lambda: server.studio.waiting)
+            free.set()
+            assert next_one.result()[0] == 200
+
+
+def test_calls_come_one_at_a_round_and_too_many_are_told_to_come_back(engine):
+    with contextlib.closing(Running(engine, {}, waiting=2)) as running:
+        free, rounds, seen = threading.Event(), [], []
+        studio, usual = running.studio, running.studio.together.round
+        studio.together.round = lambda: rounds.append(1) or usual()
+        futures = [concurrent.futures.Future() for _ in range(3)]
+        studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
+        studio.woken.set()
+        until(lambda: not studio.calls)
+        futures[0].cancel()
+        studio.calls.extend((lambda: seen.append(len(rounds)), future) for future in futures)
+        status, error = running.error("/talk/x", method="GET")
+        assert status == 429 and "wait" in error["message"]
+        free.set()
+        until(lambda: len(seen) == 2)
+        assert seen[1] == seen[0] + 1, "a call that nobody waits for is not made, the others take a round each"
+        assert running.json("GET", "/talk/x") == {"turns": []}
+
+
+def test_a_conversation_that_speaks_is_not_forgotten(server, monkeypatch):
+    monkeypatch.setattr(speech_server, "MOST_TALKS", 2)
+    with contextlib.closing(server.connect("POST", "/talk/old/say", {"text": LONG * 8})) as response:
+        response.read(100)
+        for name in ("p", "q"):
+            assert server.ask("POST", f"/talk/{name}/say", {"text": "Hi."})[0] == 200
+        assert server.studio.live, "the long turn is still spoken"
+        status, error = server.error("/talk/old/say", {"text": "Hi."})
+        assert status == 400 and "speaks in this conversation already" in error["message"]
+    assert server.idle()
+    assert server.json("GET", "/talk/p")["turns"] == [] and server.json("GET", "/talk/old")["turns"]
 
 
 def test_one_conversation_speaks_once_at_a_time(server):
@@ -271,9 +367,21 @@ def test_one_conversation_speaks_once_at_a_time(server):
     assert server.ask("POST", "/talk/both/say", {"text": "Hi."})[0] == 200
 
 
+def test_the_script_takes_its_threads_before_the_model_and_refuses_a_voice_of_speaker_0(monkeypatch, capsys):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(Voice, "load", lambda self: seen.append(torch.get_num_threads()) or int("no model"))
+    try:
+        assert run(demo.main, ["--mode", "web", "--port", "0", "--threads", "3"]) == EXIT_INPUT
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]
+    assert run(demo.main, ["--mode", "web", "--port", "0", "--voice", "x.wav", "--voice_text", "Hi."]) == EXIT_INPUT
+    assert "--voice is not for --mode web" in capsys.readouterr().err and len(seen) == 1
+
+
 def test_the_script_serves_until_it_is_interrupted(checkpoint, tokenizer_folder, shared_data):
     command = [sys.executable, "demo.py", "--mode", "web", "--port", "0", "--checkpoint", checkpoint]
-    command += ["--tokenizer", tokenizer_folder, "--data", shared_data, "--max_seconds", "0.4"]
+    command += ["--tokenizer", tokenizer_folder, "--data", shared_data, "--max_seconds", "4"]
     with (
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
         contextlib.ExitStack() as stack,
@@ -288,10 +396,14 @@ def test_the_script_serves_until_it_is_interrupted(checkpoint, tokenizer_folder,
             "POST", "/v1/audio/speech", json.dumps({"input": "Hi."}), {"Content-Type": "application/json"}
         )
         content = connection.getresponse().read()
-        connection.close()
         assert content[:4] == b"RIFF"
         with wave.open(io.BytesIO(content)) as file:
             assert file.getframerate() == SAMPLE_RATE
+        connection.request(
+            "POST", "/v1/audio/speech", json.dumps({"input": LONG * 9}), {"Content-Type": "application/json"}
+        )
+        connection.getresponse()  # of minutes, and nobody reads it: it ends with the server
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 130)
+        connection.close()
         assert "Traceback" not in process.stderr.read()

@@ -137,3 +137,69 @@ def test_what_is_refused_is_shown_and_the_page_goes_on(page):
     assert not page.value("document.querySelectorAll('#turns b').length")
     say(page, "Hello.")
     page.until("[...document.querySelectorAll('.turn small')].some((n) => n.textContent.includes('real-time'))")
+
+
+def answer(page: Browser, seconds: float, words: str = "Hi.") -> None:
+    """From now on the page is not told by the server but by this: sound of that duration, at once, and these words."""
+    page.value(
+        f"window.asked = []; window.fetch = async (path, options) => {{ asked.push([path, options?.body]); "
+        f"return new Response(options?.method === 'POST' && path.endsWith('/say') ? new Uint8Array({seconds} * 48000) "
+        f": JSON.stringify({{ text: 'Oh?', turns: [{{ text: {json.dumps(words)} }}] }})); }}; 0"
+    )
+
+
+IDLE = "document.getElementById('stop').hidden && !document.getElementById('say').disabled"
+NOTED = "[...document.querySelectorAll('.turn small')].at(-1)?.textContent.includes('real-time')"
+
+
+def test_a_reply_may_be_stopped_while_it_plays_and_nothing_is_said_over_it(page):
+    page.until("document.querySelectorAll('#voice option').length > 0")
+    answer(page, 1)
+    say(page, "One second.")
+    page.until(NOTED)
+    assert not page.value(IDLE)
+    say(page, "Over it.")
+    assert page.value("asked.length") == 1 and page.value("document.getElementById('text').value") == "Over it."
+    page.until(IDLE)
+    assert page.value("context.currentTime") >= 1
+    answer(page, 3600)
+    say(page, "An hour.")
+    page.until(NOTED)
+    page.value("document.getElementById('stop').click()")
+    page.until(IDLE, 5)
+    assert not page.value("document.querySelectorAll('.error').length")
+
+
+def test_a_lost_connection_is_shown_and_the_page_goes_on(page):
+    page.until("document.querySelectorAll('#voice option').length > 0")
+    count = "document.querySelectorAll('.turn.error').length"
+    page.value("window.asked = []; window.fetch = async (path, options) => { asked.push(options?.body); "
+               "throw new TypeError('it has gone'); }; 0")  # fmt: skip
+    page.value("context = new AudioContext({ sampleRate: RATE }); navigator.mediaDevices.getUserMedia = "
+               "async () => context.createMediaStreamDestination().stream; 0")  # fmt: skip
+    for number, button in enumerate(("reply", "reset", "record"), start=1):
+        page.value(f"document.getElementById('{button}').click()")
+        if button == "record":
+            page.until("recording !== null")
+            page.value("document.getElementById('record').click()")
+        page.until(f"{count} === {number} && {IDLE}", 10)
+    say(page, "Again.")
+    page.until(f"{count} === 4 && {IDLE}", 10)
+    assert "it has gone" in page.value("document.querySelector('.turn.error:last-child small').textContent")
+    assert "voice" in json.loads(page.value("asked.at(-1)"))
+    answer(page, 0.1)
+    for _ in range(2):
+        say(page, "Again.")
+        page.until(f"{NOTED} && {IDLE}", 10)
+    said = [json.loads(body) for _, body in page.value("asked")]
+    assert ["voice" in each for each in said] == [True, False], "he has his voice once a request was taken"
+
+
+def test_words_that_do_not_come_leave_the_sound_and_the_page(page):
+    page.until("document.querySelectorAll('#voice option').length > 0")
+    answer(page, 0.2)
+    page.value("const whole = window.fetch; window.fetch = async (path, options) => { "
+               "if (!options) throw new TypeError('it has gone'); return whole(path, options); }; 0")  # fmt: skip
+    page.until("!document.getElementById('reply').hidden")
+    page.value("document.getElementById('reply').click()")
+    page.until(f"document.querySelectorAll('.turn.error').length === 1 && {IDLE}", 10)
