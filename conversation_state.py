@@ -27,18 +27,21 @@ from text_tokenizer import TextTokenizer
 KIND = "conversation"
 
 
-def save_conversation(talk: Conversation, path: Path) -> None:
-    """Write all that `load_conversation` needs, whole or not at all. OSError when it cannot be written."""
+def save_conversation(talk: Conversation, path: Path, notes: dict | None = None) -> None:
+    """Write all that `load_conversation` needs, whole or not at all. OSError when it cannot be written.
+
+    `notes` are the caller's own, of JSON's kinds, for `load_notes`.
+    """
     clock, memory = talk.standing()
     tensors = {"draws": talk.speaker.generator.get_state(), **memory_tensors("memory", memory)}
     turns = []
-    for number, (turn, before, remembered) in enumerate(talk.kept):
+    for number, (turn, before, remembered, voice_of) in enumerate(talk.kept):
         tensors |= {f"turn.{number}.codes": turn.codes.to(torch.int16), f"turn.{number}.prosody": turn.prosody}
         tensors |= memory_tensors(f"turn.{number}.memory", remembered)
         facts = {"text_ids": turn.text_ids, "n_prompt": turn.n_prompt, "order": turn.order, "gap": turn.gap}
-        turns.append(facts | {"clock": dataclasses.asdict(before)})
+        turns.append(facts | {"clock": dataclasses.asdict(before), "voice_of": voice_of})
     content = {"format": FORMAT, "kind": KIND, "of": identity(talk), "sampling": dataclasses.asdict(talk.sampling)}
-    content |= {"clock": dataclasses.asdict(clock), "turns": turns}
+    content |= {"clock": dataclasses.asdict(clock), "turns": turns, "notes": notes or {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors, {KIND: json.dumps(content)})
 
@@ -78,6 +81,14 @@ def load_conversation(
     return talk
 
 
+def load_notes(path: Path) -> dict:
+    """The notes saved with a conversation; empty for a file of before there were any. ValueError: it is damaged."""
+    notes = read(path)[0].get("notes", {})
+    if not isinstance(notes, dict):
+        raise ValueError(f"{path} is damaged (its notes are {notes!r})")
+    return notes
+
+
 def identity(talk: Conversation) -> dict:
     """What a model must share with the one that a conversation was held with."""
     c = talk.model.config
@@ -109,13 +120,15 @@ def kept_turn(
     talk: Conversation, number: int, facts: dict, tensors: dict[str, Tensor], empty: MemoryState | None
 ) -> KeptTurn:
     """Turn `number` of a file. ValueError for text ids that cannot be; codes are checked where they are read."""
-    ids, vocabulary = facts["text_ids"], talk.model.config.text_vocab_size
+    ids, vocabulary, voice_of = facts["text_ids"], talk.model.config.text_vocab_size, facts.get("voice_of")
     if not ids or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
         raise ValueError(f"turn {number} holds text ids outside [0, {vocabulary})")
+    if not isinstance(voice_of, int | None):
+        raise ValueError(f"turn {number} is of the voice of {voice_of!r}, which is no speaker")
     codes = tensors[f"turn.{number}.codes"].long()
     prosody = tensors[f"turn.{number}.prosody"]
     turn = Turn(ids, codes, facts["n_prompt"], facts["order"], facts["gap"], prosody)
-    return KeptTurn(turn, Clock(**facts["clock"]), memory_of(f"turn.{number}.memory", tensors, empty))
+    return KeptTurn(turn, Clock(**facts["clock"]), memory_of(f"turn.{number}.memory", tensors, empty), voice_of)
 
 
 def memory_tensors(prefix: str, memory: MemoryState | None) -> dict[str, Tensor]:

@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--codebooks", type=int, help="speak with the first so many of every frame; fewer are faster" + told % "all")
     add("--max_seconds", type=float, help="cut a turn that has not ended (default: 20, in the test 5)")
     add("--min_seconds", type=float, help="a turn does not end before (default: 0, in the test 1.5)")
-    add("--voice", type=Path, help="wav, flac, ogg or mp3 that speaker 0 is to sound like; needs --voice_text")
+    clip = "wav, flac, ogg or mp3 that speaker 0 is to sound like, in a chat or the test; needs --voice_text"
+    add("--voice", type=Path, help=clip)
     add("--voice_text", help="what is said in --voice")
     add("--raw_text", action="store_true", help="speak texts as written: no words for numbers, dates and the like")
 
@@ -112,6 +113,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.voice is None) != (args.voice_text is None):
         parser.error("--voice and --voice_text go together: the clip and what is said in it")
+    if args.voice is not None and args.mode in ("batch", "web"):
+        parser.error(f"--voice is not for --mode {args.mode}: voices are in --input or those of --data")
     if (args.input is not None) != (args.mode == "batch") and not args.schema:
         parser.error("--mode batch and --input JSON go together")
     for name in ("threads", "workers", "speaking", "waiting"):
@@ -240,8 +243,6 @@ def chat(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """The mode web."""
-    if args.voice is not None:
-        raise ValueError("--voice is not for --mode web, whose voices are those of the collected data (--data)")
     use_threads(args.threads)  # before anything is compiled; the studio's thread does so for itself
     try:
         import uvicorn

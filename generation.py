@@ -200,14 +200,16 @@ class KeptTurn(NamedTuple):
     turn: Turn
     clock: Clock
     memory: MemoryState | None
+    voice_of: int | None = None  # the speaker whose voice it shows: it is pinned; None: it may leave the window
 
 
 class Conversation:
     """A conversation that a model takes part in; the KV cache of earlier turns is kept from turn to turn.
 
     When a new turn would not fit the model's positions, whole oldest turns leave the context, with a warning; a model
-    with a memory keeps what it wrote down of them. `acoustic_batch` frames share a pass of the second stage: by default
-    as many as the model's acoustic delay allows, 1 for the earliest audio. Several may share an `InferenceModel`.
+    with a memory keeps what it wrote down of them. Pinned turns, which show a voice, stay. Up to `acoustic_batch`
+    frames share a pass of the second stage, by default as many as the model's acoustic delay allows, but no more than
+    were spoken before, so that the first come early. Several conversations may share an `InferenceModel`.
     """
 
     def __init__(
@@ -240,6 +242,11 @@ class Conversation:
         """The turns in the window, oldest first."""
         return [kept.turn for kept in self.kept]
 
+    @property
+    def voices(self) -> dict[int, Turn]:
+        """The pinned turn of each speaker that has one."""
+        return {kept.voice_of: kept.turn for kept in self.kept if kept.voice_of is not None}
+
     def add_turn(
         self,
         speaker: int,
@@ -248,8 +255,12 @@ class Conversation:
         samples: np.ndarray | None = None,
         codes: Tensor | None = None,
         gap_seconds: float = 0.0,
+        pinned: bool = False,
     ) -> None:
-        """Add what somebody said, as (N,) samples at 24 kHz or (T, K) codes. ValueError when it cannot fit at all."""
+        """Add what somebody said, as (N,) samples at 24 kHz or (T, K) codes. ValueError when it cannot fit at all.
+
+        A pinned turn shows the speaker's voice: it stays in the window until another of that speaker is pinned.
+        """
         codes, samples = self._heard(samples, codes)
         text = clean_text(text)
         ids = encode_turn(self.text_tokenizer, speaker, text)
@@ -257,10 +268,12 @@ class Conversation:
         turn = Turn(
             ids, codes, prompt_length(self.text_tokenizer, speaker, ids), "speak", gap_seconds * FRAME_RATE, prosody
         )
-        self._make_room(self.layout.turn_length(len(ids), len(codes)))
+        self._make_room(self.layout.turn_length(len(ids), len(codes)), speaker if pinned else None)
         before = self.standing()
         self._read(self.layout.turn_rows(turn, self.clock))
-        self._keep(turn, before)
+        if pinned:
+            self.kept = [kept._replace(voice_of=None) if kept.voice_of == speaker else kept for kept in self.kept]
+        self._keep(turn, before, speaker if pinned else None)
 
     def listen(
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
@@ -440,8 +453,8 @@ class Conversation:
         self._keep(turn, before)
 
     @torch.inference_mode()
-    def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None]) -> None:
-        self.kept.append(KeptTurn(turn, *before))
+    def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None], voice_of: int | None = None) -> None:
+        self.kept.append(KeptTurn(turn, *before, voice_of))
         self.model.end_turn(self.cache, turn.prosody[None].to(self.device))
 
     @torch.inference_mode()
@@ -449,22 +462,33 @@ class Conversation:
         """Run rows through the backbone behind what the cache holds; (1, D) state of the last one."""
         return self.speaker.inference.hidden(rows.batch().to(self.device), self.cache)[:, -1]
 
-    def _make_room(self, needed: int) -> None:
-        """Drop whole oldest turns until `needed` more rows fit, and read the rest anew if any was dropped."""
-        limit = self.model.config.max_positions
-        if needed > limit:
+    def _make_room(self, needed: int, voice_of: int | None = None) -> None:
+        """Drop whole oldest turns until `needed` more rows fit, and read the rest anew if any was dropped.
+
+        Then more of them, but not the newest, until half of what pinned turns leave is free: the rest is read anew once
+        in many turns. The pinned turn of `voice_of`, who is to have another, goes as any other.
+        """
+        limit, used = self.model.config.max_positions, self.clock.position
+        lengths = [self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in self.turns]
+        pinned = sum(n for n, kept in zip(lengths, self.kept, strict=True) if kept.voice_of not in (None, voice_of))
+        if needed + pinned > limit:
+            beside = f" beside {pinned} rows of voices" if pinned else ""
             raise ValueError(
                 f"a turn of {needed} rows (text and up to {self.sampling.max_seconds} s of audio) does not fit "
-                f"the model's {limit} positions; shorten it or lower max_seconds"
+                f"the model's {limit} positions{beside}; shorten it or lower max_seconds"
             )
-        dropped, used = 0, self.clock.position
-        lengths = [self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in self.turns]
-        while used + needed > limit:
-            used -= lengths[dropped]
-            dropped += 1
-        if dropped:
-            warnings.warn(f"{dropped} oldest turns left the context of {limit} positions", stacklevel=3)
-            self.restore(self.kept[dropped:], *self.standing())
+        if used + needed <= limit:
+            return
+        stay: list[KeptTurn] = []
+        for n, kept in zip(lengths, self.kept, strict=True):
+            more = 2 * used > limit + pinned and kept is not self.kept[-1]
+            if kept.voice_of in (None, voice_of) and (more or used + needed > limit):
+                used -= n
+            else:
+                stay.append(kept)
+        dropped = len(self.kept) - len(stay)
+        warnings.warn(f"{dropped} oldest turns left the context of {limit} positions", stacklevel=3)
+        self.restore(stay, *self.standing())
 
     def _recall(self, state: MemoryState | None) -> None:
         """Let the next turn be read with this memory, if the model has one."""
@@ -502,9 +526,9 @@ class _Frames:
         return torch.stack(codes).cpu() if codes else torch.empty(0, K, dtype=torch.int64)
 
     def wanted(self, all_of_them: bool) -> Wanted | None:
-        """Stage 2 of the frames that wait, if they fill a batch."""
-        waiting = len(self.states)
-        if waiting == 0 or (not all_of_them and waiting < self.c.acoustic_batch):
+        """Stage 2 of the frames that wait, if they fill a batch; the first batches are small, to be heard early."""
+        waiting, batch = len(self.states), min(self.c.acoustic_batch, max(1, len(self.whole)))
+        if waiting == 0 or (not all_of_them and waiting < batch):
             return None
         return Wanted(torch.cat(self.states), torch.stack(self.first[-waiting:]), self.c.speaker.n_codebooks)
 

@@ -312,7 +312,7 @@ class Talks:
             if voice not in self.voices:
                 raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
             clip = self.voices[voice]
-            talk.add_turn(speaker, clip.text, codes=clip.codes)
+            talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
         return talk
 
 

@@ -173,7 +173,9 @@ def read_requests(path: Path) -> tuple[list[Request], list[dict]]:
             f'{path} must be an object {{"conversations": [...]}} with at least one and nothing else; '
             "python demo.py --schema prints its form"
         )
-    checker = jsonschema.Draft202012Validator(CONVERSATION)
+    draft = jsonschema.Draft202012Validator
+    types = draft.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # the draft takes 3.0 for one
+    checker = jsonschema.validators.extend(draft, type_checker=types)(CONVERSATION)
     requests, failures, names = [], [], set()
     for index, item in enumerate(items):
         name = item.get("id", f"{index:04d}") if isinstance(item, dict) else f"{index:04d}"
@@ -228,7 +230,8 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
         clear(folder)
         talk = loaded.conversation(request.content.get("seed", voice.seed))
         for speaker, clip in request.content.get("voices", {}).items():
-            talk.add_turn(int(speaker), clip["text"], samples=read_audio(request.base / clip["audio"])[0])
+            samples = read_audio(request.base / clip["audio"])[0]
+            talk.add_turn(int(speaker), clip["text"], samples=samples, pinned=True)
         with warnings.catch_warnings(record=True) as notices:
             warnings.simplefilter("always")
             rows = speak_turns(talk, request.content["turns"], request.base, folder, voice.raw_text)
@@ -270,7 +273,8 @@ def turns_of(text: str, raw_text: bool) -> list[str]:
 
     ValueError if nothing in it can be spoken.
     """
-    return split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS)
+    pieces = split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS)
+    return [piece for piece in pieces if any(character.isalnum() for character in piece)]
 
 
 def speak_whole(

@@ -16,7 +16,10 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
           "December")  # fmt: skip
 MONTH = "|".join([*MONTHS, *(rf"{name[:3]}\.?" for name in MONTHS if name != "May"), r"Sept\.?"])
 CURRENCIES = {"$": ("USD", "dollars"), "€": ("EUR", "euros"), "£": ("GBP", "pounds")}
-LARGE = "thousand|million|billion|trillion"
+LARGE = {
+    "thousand": "thousand", "million": "million", "billion": "billion", "trillion": "trillion",
+    "k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "B": "billion", "bn": "billion",
+}  # fmt: skip
 ABBREVIATIONS = {
     "Mr.": "Mister", "Mrs.": "Misses", "Ms.": "Miz", "Dr.": "Doctor", "Prof.": "Professor", "Jr.": "Junior",
     "Sr.": "Senior", "vs.": "versus", "etc.": "et cetera", "e.g.": "for example", "i.e.": "that is",
@@ -36,17 +39,22 @@ UNITS = {  # one, several
     "°F": ("degree Fahrenheit", "degrees Fahrenheit"), "°": ("degree", "degrees"), "%": ("percent", "percent"),
 }  # fmt: skip
 SYMBOLS = {"&": "and", "+": "plus", "=": "equals", "#": "number", "@": "at", "§": "section", "×": "times"}
+COMPARISONS = {
+    "<": "less than", ">": "greater than", "<=": "less than or equal to", ">=": "greater than or equal to",
+    "≤": "less than or equal to", "≥": "greater than or equal to",
+}  # fmt: skip
 PLAIN = {"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "−": "-", "\u00a0": " ", "\u202f": " "}
-NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
+NUMBER = r"\d{1,3}(?:,\d{3}){1,9}(?:\.\d+)?|\d+(?:\.\d+)?"
 
 
 def read_aloud(text: str) -> str:
     """The words a reader would say, without digits."""
     for symbol, plain in PLAIN.items():
         text = text.replace(symbol, plain)
+    text = " ".join(text.split())
     for pattern, words in RULES:
-        text = pattern.sub(words, text)
-    return " ".join(text.split())
+        text = " ".join(pattern.sub(words, text).split())  # long white space would make the next rules slow
+    return text
 
 
 def split_text(text: str, limit: int) -> list[str]:
@@ -109,35 +117,41 @@ def decade(match: re.Match) -> str:
     return words[:-1] + "ies" if words.endswith("y") else words + "s"
 
 
+def month_name(written: str) -> str:
+    """Sept. -> September"""
+    return next(name for name in MONTHS if name.startswith(written[:3]))
+
+
 def date(day: str, month: str, the_year: str | None) -> str:
     """The month by number or name."""
-    if month.isdigit():
-        name = MONTHS[int(month) - 1]
-    else:
-        name = next(name for name in MONTHS if name.startswith(month.rstrip(".")[:3]))
+    name = MONTHS[int(month) - 1] if month.isdigit() else month_name(month)
     return f"{name} {ordinal(day)}" + (f", {year(the_year)}" if the_year else "")
 
 
 def numeric_date(match: re.Match) -> str:
-    """Year first, or month/day/year, or day/month/year where the first cannot be a month."""
-    one, two, three = (match[i] for i in (1, 2, 3))
-    the_year, month, day = (one, two, three) if len(one) == 4 else (three, one, two)
+    """Month and day change places where the month cannot be one; a year of two digits is one of 1969 to 2068."""
+    the_year, month, day = match["year"], match["month"], match["day"]
     if int(month) > 12:
         month, day = day, month
     if not (1 <= int(month) <= 12 and 1 <= int(day) <= 31):
-        return " ".join(number(part) for part in (one, two, three))
+        return " ".join(number(part) for part in re.findall(r"\d+", match[0]))
+    if len(the_year) == 2:
+        the_year = ("20" if int(the_year) < 69 else "19") + the_year
     return date(day, month, the_year)
 
 
 def time(match: re.Match) -> str:
-    """10:30, 9:05 pm, 14:00"""
-    hour, minute, half = int(match[1]), int(match[2]), match[3]
+    """10:30, 9:05 pm, 14:00, 10:30:45"""
+    hour, minute, second, half = int(match[1]), int(match[2]), int(match[3] or 0), match[4]
     words = num2words(hour)
     if minute:
         words += " oh " * (minute < 10) + " " * (minute >= 10) + num2words(minute)
+    elif not half and hour in (0, 24):
+        words = "midnight"
     elif not half:
-        words += " o'clock" if 1 <= hour <= 12 else " hundred"
-    return words + half_of_day(half)
+        words += " o'clock" if hour <= 12 else " hundred"
+    words += half_of_day(half)
+    return f"{words} and {num2words(second)} {UNITS['s'][second != 1]}" if second else words
 
 
 def half_of_day(half: str | None) -> str:
@@ -145,13 +159,30 @@ def half_of_day(half: str | None) -> str:
 
 
 def money(match: re.Match) -> str:
-    """$5.20 -> five dollars, twenty cents; $3 million -> three million dollars"""
-    symbol, amount, large = match[1], match[2].replace(",", ""), match[3]
+    """$5.20 -> five dollars, twenty cents; US$3M -> three million US dollars"""
+    country, symbol, amount, large = match[1], match[2], match[3].replace(",", ""), LARGE.get(match[4])
     code, name = CURRENCIES[symbol]
     if large or len(amount) > 15:
-        return " ".join(part for part in (number(amount), large, name) if part)
-    words = num2words(amount if "." in amount else f"{amount}.00", to="currency", currency=code)
-    return re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", words)
+        words = " ".join(part for part in (number(amount), large, name) if part)
+    else:
+        words = num2words(amount if "." in amount else f"{amount}.00", to="currency", currency=code)
+        words = re.sub(r"^zero \w+, (?!zero)|, zero \w+$", "", words)
+        words = re.sub(r"(?<!^one) euro\b", " euros", words)
+    return words.replace("dollar", f"{country} dollar") if country else words
+
+
+def phone(match: re.Match) -> str:
+    """(555) 123-4567 -> five five five, one two three, four five six seven"""
+    return ", ".join(one_by_one(digits) for digits in re.findall(r"\d+", match[0]))
+
+
+def long_number(digits: str) -> str:
+    """A round one is a quantity, any other a name: its digits."""
+    return number(digits) if digits.endswith("000") else one_by_one(digits)
+
+
+def comparison(match: re.Match) -> str:
+    return f" {COMPARISONS[match[0]]} "
 
 
 def quantity(match: re.Match) -> str:
@@ -174,40 +205,58 @@ def rule(pattern: str, words: str | Callable[[re.Match], str], flags: int = 0) -
 
 
 units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
+multiples = "|".join(sorted(LARGE, key=len, reverse=True))
 short = "|".join(re.escape(name) for name in sorted(ABBREVIATIONS, key=len, reverse=True))
 RULES = (
+    rule(r"(?<![\w-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])", phone),
+    rule(r"(?<![\w$€£-])[2-9]\d\d-(?!\d{3}0)\d{4}(?![\w%-])", phone),  # 500-1000 is a range
+    rule(r"(?<=\w )[<>]=?(?=[ \d])|<=?(?=\d)", comparison),
     rule(
         r"\s*[(\[{<]\s*([^()\[\]{}<>]*?)\s*[)\]}>]\s*([.,;:!?]?)", lambda m: f", {m[1]}{m[2] or ','} " if m[1] else " "
     ),
+    rule(r"[<>]=?(?=\d)|[≤≥]", comparison),
     rule(r"\bhttps?://(?:www\.)?", ""),
     rule(
-        r"\b([A-Za-z0-9_-]{2,}(?:[.@/][A-Za-z0-9_-]+)*\.(?:com|org|net|edu|gov|io|de|uk|fr|cz))\b",
+        r"\b([A-Za-z0-9_-]{2,63}(?:[.@/][A-Za-z0-9_-]{1,63}){0,9}\.(?:com|org|net|edu|gov|io|de|uk|fr|cz))\b",
         lambda m: m[1].replace(".", " dot ").replace("@", " at ").replace("/", " slash "),
     ),
     rule(rf"(?<!\w)({short})(?=\W|$)", lambda m: ABBREVIATIONS[m[1]]),
     rule(r"\bSt\. (?=[A-Z])", "Saint "),
     rule(r"\bSt\.", "Street"),
     rule(r"\bNo\. ?(?=\d)", "number "),
-    rule(r"\b(\d{4})-(\d{1,2})-(\d{1,2})\b", numeric_date),
-    rule(r"\b(\d{1,2})[/.](\d{1,2})[/.](\d{4})\b", numeric_date),
+    rule(r"(?<=\d-\d\d)T(?=\d\d:)", ", "),
+    rule(r"(?<=:\d\d)Z\b", " UTC"),
+    rule(r"\b(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\b", numeric_date),
+    rule(r"\b(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4}|\d\d)\b", numeric_date),
+    rule(r"\b(?P<day>\d{1,2})\.(?P<month>\d{1,2})\.(?P<year>\d{4})\b", numeric_date),
+    rule(r"\b(?:24/7|9/11)\b(?!/)", lambda m: m[0].replace("/", " ")),
+    rule(rf"(?<!\d)((?:{NUMBER})(?:\s?(?:{multiples}))?)\s?([$€£])(?!\d)", r"\2\1"),
+    rule(rf"([$€£])({NUMBER})[-–]\1?(?=\d)", r"\2 to \1"),
+    rule(r"(?i)(?:(?<=:\d\d)|(?<=\d[ap]m)|(?<=\d [ap]m)|(?<=[ap]\.m\.)) ?[-–] ?(?=\d)", " to "),
+    rule(
+        r"(?:(?<=[\d%])|(?<=\d[kKMB]))(?:[-–]| ?[-–] ?(?!\d\d?(?::| ?[ap]\.?m)))"
+        r"(?=(?:[A-Z]{0,2}[$€£])?\d{1,4}(?![\d-]))",
+        " to ",
+    ),
     rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", lambda m: date(m[2], m[1], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?![.:]\d)", lambda m: date(m[2], m[1], None)),
     rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
-    rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::\d\d)?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
+    rule(rf"\b({MONTH}) ((?:1[1-9]|20)\d\d)\b", lambda m: f"{month_name(m[1])} {year(m[2])}"),
+    rule(r"\b([01]?\d|2[0-4])\.(?=[0-5]\d\s?[ap]\.?m\b)", r"\1:", re.IGNORECASE),
+    rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
     rule(
         r"\b(\d{1,2})\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b)", lambda m: number(m[1]) + half_of_day(m[2]), re.IGNORECASE
     ),
-    rule(rf"([$€£])\s?({NUMBER})(?:\s({LARGE}))?", money),
+    rule(rf"(\b[A-Z]{{1,2}})?([$€£])\s?({NUMBER})(?:\s?({multiples})\b)?", money),
     rule(r"\b(\d{1,3}0)s\b", decade),
-    rule(r"(\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
-    rule(rf"({NUMBER})\s?({units})(?!\w)", quantity),
+    rule(r"(?<!\d)(\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
+    rule(rf"(?<!\d)({NUMBER})\s?({units})(?!\w)", quantity),
     rule(r"\b(\d{1,4})/(\d{1,4})\b", fraction),
-    rule(r"(?<=\d)\s?[-–]\s?(?=\d{1,4}\b(?!-))", " to "),
     rule(r"(?:(?<=\s)|^)-(?=\d)", "minus "),
-    rule(r"\s*[–—]\s*|\s+-+\s+|--+", ", "),
+    rule(r"\s*[–—]\s*|(?:\s+|^)-+\s+|--+", ", "),
     rule(r"(?<![\d.,])((?:1[1-9]|20)\d\d)(?![\d%]|[.,]\d)", lambda m: year(m[1])),
-    rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {one_by_one(m[1])} "),
+    rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {long_number(m[1])} "),
     rule(rf"(?:{NUMBER})", lambda m: f" {number(m[0])} "),
     rule("[{}]".format(re.escape("".join(SYMBOLS))), lambda m: f" {SYMBOLS[m[0]]} "),
     rule(r"(?<=\w)/(?=\w)", " "),

@@ -16,10 +16,11 @@ import numpy as np
 
 from audio import SAMPLE_RATE, read_audio, write_wav
 from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignals, describe, exit_code_of
-from conversation_state import load_conversation, save_conversation
+from conversation_state import load_conversation, load_notes, save_conversation
 from conversations import choose_clip, loudness_gains, read_clips
 from generation import Conversation, Reply
 from spoken_conversations import Engine, speak_whole
+from text_tokenizer import turn_text
 from turn_shards import TurnRecord, read_turns
 
 HELP = """\
@@ -49,13 +50,13 @@ def waveform(samples: np.ndarray) -> str:
     return "".join(BARS[round(step)] for step in steps.tolist())
 
 
-def sound_device():
-    """The package sounddevice, or None where it or a device is missing."""
+def sound_device(kind: str):
+    """The package sounddevice, or None where it, its library or a device of the kind, input or output, is missing."""
     try:
         import sounddevice
 
-        sounddevice.query_devices(kind="output")
-    except (ImportError, OSError, ValueError, RuntimeError):
+        sounddevice.query_devices(kind=kind)
+    except Exception:  # PortAudioError is no kind of OSError, and importing may raise it already
         return None
     return sounddevice
 
@@ -67,19 +68,20 @@ class Chat:
         self.engine, self.out, self.data, self.say = engine, out, data, say
         self.seed, self.speaker = engine.voice.seed, 0
         self.number = max((int(path.name[:3]) for path in out.glob("[0-9][0-9][0-9]-speaker-*.wav")), default=0)
-        self.voices: dict[int, tuple[str, np.ndarray, str]] = {}  # speaker -> name, clip, what is said in it
-        self.device = sound_device() if play else None
+        self.voices: dict[int, str] = {}  # speaker -> name; their clips are the pinned turns of `talk`
+        self.device = sound_device("output") if play else None
         self.records: list[TurnRecord] | None = None  # of the collected data, read when they are asked for
         self.exit_code = EXIT_DONE
-        self.talk = self.begin()
+        self.talk = engine.conversation(self.seed)
         if play and self.device is None:
             say("no sound device (or no package sounddevice): replies are written to files only")
 
-    def begin(self) -> Conversation:
-        """A conversation in which only the voices were heard."""
+    def begin_anew(self) -> Conversation:
+        """A conversation in which only the voices of this one were heard."""
         talk = self.engine.conversation(self.seed)
-        for speaker, (_, samples, text) in self.voices.items():
-            talk.add_turn(speaker, text, samples=samples)
+        for speaker, turn in self.talk.voices.items():
+            text = turn_text(self.engine.text_tokenizer, speaker, turn.text_ids)
+            talk.add_turn(speaker, text, codes=turn.codes, pinned=True)
         return talk
 
     def run(self, lines: Iterator[str]) -> int:
@@ -145,11 +147,20 @@ class Chat:
     @contextlib.contextmanager
     def player(self) -> Iterator[Callable[[np.ndarray], None]]:
         """Where chunks go to be heard."""
+        form = {"samplerate": SAMPLE_RATE, "channels": 1, "dtype": "float32"}
+        with contextlib.ExitStack() as stack:
+            stream = self.sounding(lambda: stack.enter_context(self.device.OutputStream(**form)))
+            yield lambda samples: self.sounding(lambda: stream.write(np.ascontiguousarray(samples[:, None])))
+
+    def sounding(self, do: Callable):
+        """Do something with the sound device; one that fails is left alone from then on, and the chat goes on."""
         if self.device is None:
-            yield lambda samples: None
-            return
-        with self.device.OutputStream(samplerate=SAMPLE_RATE, channels=1, dtype="float32") as stream:
-            yield lambda samples: stream.write(np.ascontiguousarray(samples[:, None]))
+            return None
+        try:
+            return do()
+        except self.device.PortAudioError as error:
+            self.device = None
+            self.say(f"the sound device does not play ({error}): replies are written to files only")
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 
@@ -164,16 +175,19 @@ class Chat:
         self.hear(read_audio(file)[0], text)
 
     def do_record(self, rest: str) -> None:
-        if (device := sound_device()) is None:
-            raise MissingRequirement("there is no sound device, or no package: pip install sounddevice")
+        if (device := sound_device("input")) is None:
+            raise MissingRequirement("there is no microphone, or no package: pip install sounddevice")
         try:
             seconds = float(rest)
         except ValueError:
             seconds = 0.0
         if not 0.1 <= seconds <= 60:
             raise ValueError(f"/record {rest}: expected seconds from 0.1 to 60, as /record 5")
-        samples = device.rec(round(seconds * SAMPLE_RATE), samplerate=SAMPLE_RATE, channels=1, dtype="float32")
-        device.wait()
+        try:
+            samples = device.rec(round(seconds * SAMPLE_RATE), samplerate=SAMPLE_RATE, channels=1, dtype="float32")
+            device.wait()
+        except device.PortAudioError as error:
+            raise MissingRequirement(f"the microphone does not record ({error})") from error
         self.hear(samples[:, 0], None)
 
     def hear(self, samples: np.ndarray, text: str | None) -> None:
@@ -199,32 +213,40 @@ class Chat:
     def do_style(self, rest: str) -> None:
         if self.speaker not in self.voices or not rest:
             raise ValueError("/style STYLE needs a voice of the collected data first: /voice NAME")
-        self.use_voice(*self.find_voice(self.voices[self.speaker][0], rest))
+        self.use_voice(*self.find_voice(self.voices[self.speaker], rest))
 
     def do_seed(self, rest: str) -> None:
         self.seed = whole_number(rest, "/seed")
         self.talk.speaker.generator.manual_seed(self.seed)
 
     def do_reset(self, rest: str) -> None:
-        self.talk = self.begin()
-        self.say(f"a new conversation; voices: {', '.join(name for name, *_ in self.voices.values()) or 'none'}")
+        self.talk = self.begin_anew()
+        self.say(f"a new conversation; voices: {', '.join(self.voices.values()) or 'none'}")
 
     def do_save(self, rest: str) -> None:
-        save_conversation(self.talk, needed(rest, "/save FILE"))
+        notes = {"speaker": self.speaker, "seed": self.seed, "voices": self.voices}
+        save_conversation(self.talk, needed(rest, "/save FILE"), notes)
         self.say(f"{len(self.talk.turns)} turns in {rest}")
 
     def do_load(self, rest: str) -> None:
+        path = needed(rest, "/load FILE")
         parts = self.engine.model, self.engine.tokenizer, self.engine.text_tokenizer
-        self.talk = load_conversation(needed(rest, "/load FILE"), *parts, sampling=self.engine.voice.sampling)
-        self.voices = {}  # those of the file are among its turns
+        talk = load_conversation(path, *parts, sampling=self.engine.voice.sampling)
+        notes = {"speaker": self.speaker, "seed": self.seed, "voices": {}} | load_notes(path)
+        try:
+            voices = {int(speaker): str(name) for speaker, name in notes["voices"].items()}
+            self.speaker, self.seed = int(notes["speaker"]), int(notes["seed"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged (notes of the chat: {error})") from error
+        self.talk, self.voices = talk, voices
         self.say(f"{len(self.talk.turns)} turns from {rest}")
 
     # ---- voices ------------------------------------------------------------------------------------------------------
 
     def use_voice(self, name: str, samples: np.ndarray, text: str) -> None:
         """Let the current speaker sound like a clip from now on."""
-        self.talk.add_turn(self.speaker, text, samples=samples)
-        self.voices[self.speaker] = (name, samples, text)
+        self.talk.add_turn(self.speaker, text, samples=samples, pinned=True)
+        self.voices[self.speaker] = name
         self.say(f"speaker {self.speaker} sounds like {name}: {text}")
 
     def collected(self) -> list[TurnRecord]:

@@ -8,7 +8,7 @@ from conftest import full_model, tiny_model, tiny_tokenizer, voice
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conversation_state import KIND, load_conversation, save_conversation
+from conversation_state import KIND, load_conversation, load_notes, save_conversation
 from generation import Conversation, Sampling
 from text_tokenizer import ByteTokenizer
 
@@ -90,6 +90,40 @@ def test_a_file_cut_anywhere_or_of_another_kind_is_refused(model, tokenizer, tmp
         load_conversation(tmp_path / "nowhere", model, tokenizer, TEXT)
 
 
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+@pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_voices_stay_in_the_window_of_a_conversation_from_a_file(make, tokenizer, tmp_path):
+    model = make()
+    talk = Conversation(model, tokenizer, TEXT, sampling=SHORT)
+    talk.add_turn(1, "my voice", samples=voice(1.0, 140, rate=24_000), pinned=True)
+    save_conversation(talk, tmp_path / "talk")
+    again = load_conversation(tmp_path / "talk", model, tokenizer, TEXT)
+    for number in range(8):
+        again.add_turn(number % 2, "some words", codes=talk.turns[0].codes.repeat(4, 1))
+    assert len(again.turns) < 9
+    assert again.turns[0].text_ids == talk.turns[0].text_ids
+    assert torch.equal(again.voices[1].codes, talk.turns[0].codes)
+
+
+def test_notes_are_kept_and_a_file_of_before_there_were_any_is_read(model, tokenizer, tmp_path):
+    path, talk = tmp_path / "talk", begun(model, tokenizer)
+    save_conversation(talk, path, {"seed": 7, "voices": {"0": "Ann"}})
+    assert load_notes(path) == {"seed": 7, "voices": {"0": "Ann"}}
+
+    def age(content, tensors) -> None:
+        content.pop("notes")
+        for facts in content["turns"]:
+            facts.pop("voice_of")
+
+    changed(path, age)
+    assert load_notes(path) == {}
+    again = load_conversation(path, model, tokenizer, TEXT)
+    assert not again.voices and len(again.turns) == 2
+    changed(path, lambda content, tensors: content.update(notes=3))
+    with pytest.raises(ValueError, match="is damaged"):
+        load_notes(path)
+
+
 def changed(path, change) -> None:
     """Write a file anew with its JSON changed."""
     tensors = load_file(path)
@@ -107,6 +141,7 @@ def changed(path, change) -> None:
         (lambda content, tensors: content["turns"][0].update(text_ids=[9999]), "turn 0 holds text ids"),
         (lambda content, tensors: content["turns"][1].update(order="backwards"), "order 'backwards'"),
         (lambda content, tensors: content["turns"][1].pop("clock"), "damaged"),
+        (lambda content, tensors: content["turns"][1].update(voice_of="Ann"), "voice of 'Ann', which is no speaker"),
         (lambda content, tensors: content["sampling"].update(top_k=0), "top_k=0 must be"),
         (lambda content, tensors: content["of"].update(codebooks=8), "codebooks=8"),
         (lambda content, tensors: tensors.pop("turn.0.codes"), "damaged"),

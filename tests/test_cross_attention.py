@@ -7,6 +7,7 @@ from conftest import full_config, full_model
 from architecture import CSM, CSMCache, Traces, count_targets, pick_depth_rows
 from cross_attention import (
     CrossCache,
+    KeyStore,
     StreamState,
     VoiceTextCrossAttention,
     find_streams,
@@ -475,3 +476,14 @@ def test_progress_says_where_in_its_turn_a_row_stands():
     live = flags & (turns >= 0)
     torch.testing.assert_close(share[live], torch.tensor([0.25, 0.75, 0.5, 1 / 6, 3 / 6, 5 / 6]))
     assert total[0, :9].tolist() == [2, 2, 2, 2, 1, 1, 3, 3, 3]
+
+
+def test_a_store_to_which_nothing_is_added_is_not_copied():
+    store = KeyStore()
+    empty, some = torch.zeros(1, 2, 0, 4), torch.ones(1, 2, 3, 4)
+    assert store.append(empty, empty)[0].size(2) == 0
+    store.append(some, 2 * some)
+    before = store.keys, store.values
+    keys, values = store.append(empty, empty)
+    assert keys is store.keys is before[0] and values is store.values is before[1]
+    assert store.append(some, some)[1][0, 0, :, 0].tolist() == [2, 2, 2, 1, 1, 1]

@@ -118,6 +118,9 @@ BAD = [
     ({"turns": [{"speaker": 0, "text": "?!"}]}, "turn 1: text '?!' holds no letter"),
     ({"turns": [{"speaker": 0, "audio": "nowhere.wav", "text": "x"}]}, "nowhere.wav"),
     ({"turns": [{"speaker": 0, "audio": "conversations.json", "text": "x"}]}, "turn 1: "),
+    ({"turns": [{"speaker": 1.0, "text": "Who?"}]}, "turns/0/speaker: 1.0 is not of type 'integer'"),
+    ({"turns": [{"speaker": True, "text": "Who?"}]}, "turns/0/speaker: True is not of type 'integer'"),
+    (spoken(seed=3.0), "seed: 3.0 is not of type 'integer'"),
     (spoken(id="../up"), "id: "),
     (spoken(tone="warm"), "'tone'"),
     (spoken(voices={"ann": {}}), "voices"),
@@ -258,6 +261,8 @@ def test_a_stopped_batch_goes_on_where_it_was(flags, workers, number, tmp_path):
         (["--input", "x.json"], "--mode batch and --input"),
         (["--mode", "test", "--workers", "0"], "at least 1"),
         (["--mode", "test", "--voice", "x.wav"], "go together"),
+        (["--mode", "web", "--voice", "x.wav", "--voice_text", "Hi."], "--voice is not for --mode web"),
+        (["--mode", "batch", "--input", "x.json", "--voice", "x.wav", "--voice_text", "Hi."], "not for --mode batch"),
         (["--mode", "sing"], "invalid choice"),
     ],
 )

@@ -140,6 +140,21 @@ def test_frames_in_batches_equal_those_one_by_one(talk, tokenizer, delay, max_se
     assert all(torch.equal(codes, spoken[0]) for codes in spoken)
 
 
+@pytest.mark.parametrize(
+    ("delay", "expected"), [(0, [1] * 6), (1, [1] * 6), (2, [1, 2, 2]), (3, [1, 2, 3]), (8, [1, 2, 4])]
+)
+def test_the_first_frame_is_heard_before_the_second_is_drawn_and_batches_grow(talk, tokenizer, delay, expected):
+    conversation = talk(LASTING, own=full_model(acoustic_delay=delay))
+    first_codes = conversation.speaker.begin_frame
+    begun, heard = [], []
+    conversation.speaker.begin_frame = lambda *given: begun.append(len(heard)) or first_codes(*given)
+    for samples in conversation.stream(0, "hello"):
+        heard.append(len(samples))
+    assert begun[:2] == [0, 1]
+    assert heard[0] == 1920 - tokenizer.decoder_stream(1).delay_samples
+    assert [n // 1920 for n in heard[1 : 1 + len(expected)]] == expected
+
+
 @pytest.mark.parametrize(("delay", "wrong"), [(0, 2), (1, 2), (3, 4), (3, 0), (3, -1)])
 def test_a_batch_of_frames_that_the_delay_does_not_allow_is_refused(talk, delay, wrong):
     model = full_model(acoustic_delay=delay)
@@ -326,9 +341,11 @@ def test_codes_above_the_codebooks_are_never_drawn(talk):
     assert codes.max() < 16
 
 
-@pytest.mark.parametrize("acoustic_batch", [1, 2, 3])
-@pytest.mark.parametrize("n_chunks", [1, 2])
-def test_a_caller_who_stops_listening_leaves_a_whole_turn(talk, acoustic_batch, n_chunks):
+@pytest.mark.parametrize(
+    ("acoustic_batch", "n_chunks", "n_frames"),
+    [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 3, 4), (3, 1, 1), (3, 2, 2), (3, 3, 4), (3, 4, 7)],
+)
+def test_a_caller_who_stops_listening_leaves_a_whole_turn(talk, acoustic_batch, n_chunks, n_frames):
     model = full_model()
     whole = talk(LASTING, own=model).speak(0, "hello").codes
     conversation = talk(LASTING, own=model, acoustic_batch=acoustic_batch)
@@ -337,7 +354,7 @@ def test_a_caller_who_stops_listening_leaves_a_whole_turn(talk, acoustic_batch, 
         next(stream)
     stream.close()
     codes = conversation.turns[-1].codes
-    assert len(codes) == n_chunks * acoustic_batch
+    assert len(codes) == n_frames
     assert torch.equal(codes, whole[: len(codes)])
     assert_cache_holds_the_turns(conversation)
 
@@ -352,8 +369,8 @@ def test_a_caller_who_stops_listening_to_a_plain_model_leaves_a_whole_turn(talk)
     assert_cache_holds_the_turns(conversation)
 
 
-@pytest.mark.parametrize("n_chunks", [1, 2])
-def test_a_caller_who_interrupts_a_reply_leaves_a_whole_turn(talk, n_chunks):
+@pytest.mark.parametrize(("n_chunks", "n_frames"), [(1, 1), (3, 4), (4, 7)])
+def test_a_caller_who_interrupts_a_reply_leaves_a_whole_turn(talk, n_chunks, n_frames):
     conversation = talk(dataclasses.replace(LASTING, max_text_ids=50), own=full_model())
     conversation.add_turn(0, "hello", codes=some_codes(4))
     stream = conversation.stream(1, None)
@@ -361,7 +378,7 @@ def test_a_caller_who_interrupts_a_reply_leaves_a_whole_turn(talk, n_chunks):
         next(stream)
     stream.close()
     turn = conversation.turns[-1]
-    assert len(turn.codes) == 3 * n_chunks and TEXT.eos not in turn.text_ids
+    assert len(turn.codes) == n_frames and TEXT.eos not in turn.text_ids
     assert_cache_holds_the_turns(conversation)
 
 
@@ -386,6 +403,65 @@ def test_oldest_turns_leave_when_the_context_is_full(talk, model):
     assert torch.equal(kept[0].codes, codes)
     expected = uncached_greedy(model, kept, prompt_of(1, "go on"), conversation.sampling)
     assert torch.equal(conversation.speak(1, "go on").codes, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+def test_a_voice_stays_in_the_window_while_other_turns_leave_it(talk, model):
+    conversation = talk(Sampling(temperature=0, max_seconds=2.0))
+    conversation.add_turn(0, "an earlier one", codes=some_codes(20, 7))
+    conversation.add_turn(1, "my voice", codes=some_codes(20, 8), pinned=True)
+    for number in range(12):
+        conversation.add_turn(number % 2, "some words", codes=some_codes(40, number))
+    kept = list(conversation.turns)
+    assert torch.equal(kept[0].codes, some_codes(20, 8)) and torch.equal(kept[-1].codes, some_codes(40, 11))
+    assert 2 < len(kept) < 6 and list(conversation.voices) == [1]
+    expected = uncached_greedy(model, kept, prompt_of(1, "go on"), conversation.sampling)
+    assert torch.equal(conversation.speak(1, "go on").codes, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+@pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_a_speaker_has_one_voice_the_newest(talk, make):
+    conversation = talk(own=make())
+    for number in range(8):
+        conversation.add_turn(0, "a voice", codes=some_codes(150, number), pinned=True)
+        conversation.add_turn(1, "some words", codes=some_codes(20))
+    assert torch.equal(conversation.voices[0].codes, some_codes(150, 7))
+    assert sum(kept.voice_of is not None for kept in conversation.kept) == 1
+
+
+def test_a_turn_that_does_not_fit_beside_the_voices_is_refused_and_leaves_them(talk):
+    conversation = talk(LASTING)
+    conversation.add_turn(0, "a voice", codes=some_codes(100), pinned=True)
+    conversation.add_turn(1, "well", codes=some_codes(3))
+    length = conversation.layout.turn_length(len(conversation.turns[0].text_ids), 100)
+    with pytest.raises(ValueError, match=f"not fit the model's 256 positions beside {length} rows of voices; shorten"):
+        conversation.add_turn(1, "a long one", codes=some_codes(150))
+    assert [len(turn.codes) for turn in conversation.turns] == [100, 3]
+    assert_cache_holds_the_turns(conversation)
+
+
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_full_window_is_read_anew_once_in_several_turns(talk, pinned):
+    conversation = talk(LASTING, own=full_model(max_positions=512))
+    conversation.add_turn(0, "a voice", codes=some_codes(60), pinned=pinned)
+    restore, reread, most = conversation.restore, [], 0
+    conversation.restore = lambda *given: reread.append(len(conversation.kept)) or restore(*given)
+    for number in range(40):
+        conversation.add_turn(number % 2, "some words", codes=some_codes(25, number), gap_seconds=0.3)
+        most = max(most, conversation.clock.position)
+    assert 3 <= len(reread) <= 8
+    assert most > 512 - 45  # nothing leaves before the window is full
+
+
+@pytest.mark.filterwarnings("ignore:.*oldest turns left")
+def test_the_newest_turn_leaves_for_lack_of_room_only(talk):
+    conversation = talk()
+    conversation.add_turn(0, "a short one", codes=some_codes(30))
+    conversation.add_turn(1, "a long one", codes=some_codes(140))
+    conversation.add_turn(0, "the next", codes=some_codes(60))
+    assert [len(turn.codes) for turn in conversation.turns] == [140, 60]
 
 
 def same_memory(one: MemoryState, other: MemoryState) -> bool:

@@ -3,9 +3,11 @@
 # ruff: noqa: E501, RUF001
 import random
 import string
+import time
 
 import pytest
 
+from spoken_conversations import MOST_CHARACTERS, turns_of
 from spoken_text import read_aloud, split_text
 
 READ = [
@@ -30,6 +32,31 @@ READ = [
     ("ann@example.com & www.example.org", "ann at example dot com and www dot example dot org"),
     ("A4 [sic] and/or C++", "A four, sic, and or C plus plus"),
     ("“Quoted” – it’s fine…", '"Quoted", it\'s fine...'),
+    ("10:30-11:30, 2:30–1:45, 12:30-1 pm", "ten thirty to eleven thirty, two thirty to one forty-five, twelve thirty to one p m"),
+    ("9am-5pm, 9-5pm, 9 a.m. - 5 p.m. daily", "nine a m to five p m, nine to five p m, nine a m to five p m daily"),
+    ("Day 2 - 9am, room 5 - 10:30, 3 - 4", "Day two, nine a m, room five, ten thirty, three to four"),
+    ("10:30:45, 1:02:01 pm, 10:30:00", "ten thirty and forty-five seconds, one oh two p m and one second, ten thirty"),
+    ("10.30 am, 0:00, 24:00, 0:30", "ten thirty a m, midnight, midnight, zero thirty"),
+    ("12/25/24, 7/4/76", "December twenty-fifth, twenty twenty-four, July fourth, nineteen seventy-six"),
+    ("9/11, 24/7, 24/11", "nine eleven, twenty-four seven, twenty-four over eleven"),
+    ("05.06.2024, 05/06/2024", "June fifth, twenty twenty-four, May sixth, twenty twenty-four"),
+    ("Nov. 2023, May 2023", "November twenty twenty-three, May twenty twenty-three"),
+    ("2024-05-06T10:30, 2024-05-06T10:30:00Z", "May sixth, twenty twenty-four, ten thirty, May sixth, twenty twenty-four, ten thirty UTC"),
+    ("May 5-10, 5-10 km, 5%-10%", "May fifth to ten, five to ten kilometers, five percent to ten percent"),
+    ("$10-$20, $10-20 million", "ten to twenty dollars, ten to twenty million dollars"),
+    ("$10 - $20, I had $10 - nobody else did", "ten dollars to twenty dollars, I had ten dollars, nobody else did"),
+    ("US$5-US$6, $1k-$2k", "five US dollars to six US dollars, one thousand dollars to two thousand dollars"),
+    ("$100k, $5M, $3bn, $1.5 million", "one hundred thousand dollars, five million dollars, three billion dollars, one point five million dollars"),
+    ("US$5, A$1.20, 5 $10 notes", "five US dollars, one A dollar, twenty cents, five ten dollars notes"),
+    ("5€, 1 €, €21.50, 3 million €", "five euros, one euro, twenty-one euros, fifty cents, three million euros"),
+    ("call 555-1234 or 555-123-4567", "call five five five, one two three four or five five five, one two three, four five six seven"),
+    ("(555) 123-4567", "five five five, one two three, four five six seven"),
+    ("+1 (555) 123-4567, 1-800-555-1234", "plus one, five five five, one two three, four five six seven, one, eight zero zero, five five five, one two three four"),
+    ("500-1000 people, 100-2000", "five hundred to one thousand people, one hundred to two thousand"),
+    ("1000000, 2500000, 1234567", "one million, two million, five hundred thousand, one two three four five six seven"),
+    ("x < 5 and y > 3, <5, z>2, a <= b, ≥4", "x less than five and y greater than three, less than five, z greater than two, a less than or equal to b, greater than or equal to four"),
+    ("  - one\n  - two", "one, two"),
+    ("<b>bold</b> (  spaced   out )", "b, bold, b, spaced out"),
 ]  # fmt: skip
 
 
@@ -57,6 +84,33 @@ def test_no_digit_is_left_in_any_text(seed):
         spoken = read_aloud(text)
         assert not any(character in string.digits for character in spoken), (text, spoken)
     assert not any(c in string.digits for c in read_aloud("9" * 5000 + "st " + "$" + "8" * 5000 + "." + "7" * 5000))
+
+
+HOSTILE = [
+    "a(" + " " * 20_000 + "b",
+    *("1" * 20_000 + end for end in ("", "x", "st", " km", "€", ".5", "-")),
+    *("a" + part * (20_000 // len(part)) for part in (
+        "(", ")", "()", "( ", "[{<", "< ", "1,", "1,111,", "1,234", ".1", "1.1", "1-", "1 - ", "1:", "1/", "$1", "1€", "$1-",
+        "$ ", ",", ", ", " ,", ".", ". ", "-", "- ", " - ", "—", "*", "_", "a-", "a.", "aa.a", "a@", "US$", "May ", "May 5 ",
+        "555-", "(555) ", "10:30 ", "9 am-",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: f"{text[:9]}{text[-3:]}")
+def test_no_text_takes_long(text):
+    start = time.process_time()
+    read_aloud(text)
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("end", ["." * 500, " 🙂", "🙂" * 300, " ? ! ?" * 100, ""])
+@pytest.mark.parametrize("raw_text", [False, True])
+def test_every_turn_of_a_long_text_can_be_spoken(end, raw_text):
+    sentences = ["x" * (MOST_CHARACTERS - 1) + ".", "Bye" + end, "Again" + "?" * 400]
+    pieces = turns_of(" ".join(sentences), raw_text)
+    assert all(any(character.isalnum() for character in piece) for piece in pieces)
+    assert "Bye" in " ".join(pieces) and "Again" in " ".join(pieces)
 
 
 def test_pieces_are_the_text_and_no_longer_than_asked():
