@@ -71,6 +71,12 @@ def answers_to(name: str) -> list[str]:
     return facts[found[1]]
 
 
+def turns_between(name: str) -> int:
+    """Exchanges between telling and asking in the conversation `name`. NotMeasurable: it is none of these."""
+    answers_to(name)
+    return int(NAME.fullmatch(name)[2])
+
+
 def recalled(name: str, answer: str) -> float:
     """1 if the answer, as it was heard, holds the word that the conversation `name` asks for, else 0."""
     return float(bool(set(answers_to(name)) & set(normalise(answer).split())))

@@ -149,7 +149,8 @@ CONVERSATION_METRICS = {
         title="Gap between turns",
         unit="s",
         better="as in human speech",
-        definition="Median of start of a turn - end of the turn before by somebody else; below 0 is overlap.",
+        definition="Median of start of a turn - end of the turn before by somebody else; below 0 is overlap. "
+        "Turns that lie wholly within one of somebody else (backchannels) are set aside.",
         reference="about 0.2 across languages (Stivers et al. 2009)",
         source="Levinson and Torreira 2015",
     ),
@@ -416,9 +417,19 @@ class Span(NamedTuple):
 
 
 def gaps(turns: Sequence[Span]) -> list[float]:
-    """Start - end of the turn before, at every change of the speaker, in s."""
-    ordered = sorted(turns, key=lambda turn: turn.start)
-    return [b.start - a.end for a, b in itertools.pairwise(joined(ordered)) if a.speaker != b.speaker]
+    """Start - end of the turn before, at every change of the speaker, in s; without turns within another's."""
+    by_speaker = [[turn for turn in turns if turn.speaker == name] for name in dict.fromkeys(t.speaker for t in turns)]
+    whole = [turn for own in by_speaker for turn in joined(sorted(own, key=lambda turn: turn.start))]
+    return [b.start - a.end for a, b in itertools.pairwise(joined(outer(whole))) if a.speaker != b.speaker]
+
+
+def outer(turns: Sequence[Span]) -> list[Span]:
+    """In order, without those that lie wholly within one before: "yes" and "mm" while somebody else goes on."""
+    kept: list[Span] = []
+    for turn in sorted(turns, key=lambda turn: (turn.start, -turn.end)):
+        if not kept or turn.end > kept[-1].end:
+            kept.append(turn)
+    return kept
 
 
 def joined(turns: Sequence[Span]) -> list[Span]:

@@ -8,15 +8,21 @@ Knows nothing of metrics.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from audio import SAMPLE_RATE
+from audio_tokenizer import AudioTokenizer
 from conversation_metrics import HOP_SECONDS, SHORTEST_PAUSE, SHORTEST_SECONDS, levels
+from generation import SHIPPED
+from rvq_tokenizer import load_tokenizer
 from synthetic_voices import FRAME_S, track_f0
 
+VERSION = 1  # of what a severity does, also by the tokenizer shipped; values kept under another are measured anew
 Degrade = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 PAUSE_SECONDS = 0.3
 WORD_SECONDS = 0.35  # about one word
@@ -132,6 +138,29 @@ def drop_words(samples: np.ndarray, severity: float, random: np.random.Generator
     pieces = [samples[start : start + size] for start in range(0, len(samples), size)]
     kept = [piece for piece, lot in zip(pieces, random.random(len(pieces)), strict=True) if lot >= severity]
     return np.concatenate(kept or [samples[:0]])
+
+
+def flatten_level(samples: np.ndarray, severity: float, random: np.random.Generator) -> np.ndarray:
+    """Level of the speech moves less around its median, by the share `severity`; silence moves with the loudest."""
+    level = levels(samples)
+    speech = level > level.max() - QUIET_DB
+    decibels = -severity * (np.where(speech, level, level.max()) - np.median(level[speech]))
+    hop = HOP_SECONDS * SAMPLE_RATE
+    smooth = np.interp(np.arange(len(samples)), (np.arange(len(level)) + 0.5) * hop, decibels)
+    return (samples * 10 ** (smooth / 20)).astype(np.float32)
+
+
+@functools.cache
+def shipped_tokenizer() -> AudioTokenizer:
+    return load_tokenizer(Path(__file__).parent / SHIPPED / "tokenizer")
+
+
+def leave_out_codebooks(samples: np.ndarray, severity: float, random: np.random.Generator) -> np.ndarray:
+    """Through the tokenizer in this repository, without the last `severity` of its codebooks."""
+    if not len(samples):
+        return samples
+    left = shipped_tokenizer().config.n_codebooks - int(severity)
+    return shipped_tokenizer().copies(samples, [left])[left]
 
 
 def gain(samples: np.ndarray, severity: float, random: np.random.Generator) -> np.ndarray:

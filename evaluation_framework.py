@@ -59,7 +59,6 @@ from heard_conversations import (
     packages_missing,
 )
 from inference_model import InferenceModel
-from listening_models import EmotionRecognizer, Squim
 from metric_validation import (
     conversations_of,
     draw_verdicts,
@@ -573,12 +572,9 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
 
 
 def ears_of(args: argparse.Namespace) -> tuple[Ears, dict[str, str]]:
-    """What listens to conversations, and what of it lacks a package. MissingRequirement: a model that was asked for."""
-    if args.ser:
-        EmotionRecognizer(args.ser)  # fails now and not in every process
-    if args.squim:
-        Squim()
-    return Ears(args.asr, args.ser, args.squim), packages_missing()
+    """What listens to conversations, and why metrics are missing: a package, or a model that was asked for."""
+    ears, missing = Ears.to_be_had(args.asr, args.ser, args.squim)
+    return ears, {**packages_missing(), **missing}
 
 
 def validate(args: argparse.Namespace, settings: Settings) -> int:

@@ -17,12 +17,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -30,22 +31,35 @@ from tqdm import tqdm
 import conversation_metrics as cm
 from audio import SAMPLE_RATE, resample
 from command_line import MissingRequirement
-from content_recall import CONTENT_RECALL, SYSTEM, answers_to, recalled
+from content_recall import CONTENT_RECALL, USER, answers_to, most_between, recalled, turns_between
 from conversations import Conversation
 from listening_models import LISTENER_METRICS, EmotionRecognizer, Squim
 from pronunciation import PRONUNCIATION_METRICS, PronunciationReader, homographs_right, pronunciation_kept
 from speech_filters import RATE as DNSMOS_RATE
 from speech_filters import dnsmos
-from speech_metrics import METRICS, Metric, NotMeasurable, Recognizer, SpeakerEncoder, count_errors
+from speech_metrics import (
+    METRICS,
+    Metric,
+    NotMeasurable,
+    Recognizer,
+    SpeakerEncoder,
+    TextErrors,
+    count_errors,
+    require_speech,
+)
 from spoken_validation import NEEDS
 
+VERSION = 2  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
+RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
 NEEDED = {  # beside those of the tokenizer's metrics
     "dnsmos": ("speechmos",),
     "homographs": ("pocketsphinx",),
     "pronunciation_kept": ("pocketsphinx",),
+    **dict.fromkeys(("content_recall", *RECALLED), ("faster_whisper", "whisper_normalizer")),
 }
 OF_VOICES = ("speaker_similarity", "character_run", "character_half", "character_drift", "confusion")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -62,9 +76,22 @@ class Turn:
         return self.start + len(self.samples) / SAMPLE_RATE
 
     @functools.cached_property
-    def prosody(self) -> cm.Prosody | None:
-        """None: not measurable. Measured once, whoever asks."""
-        return _or_none(cm.prosody_of, self.samples, self.text)
+    def _known(self) -> dict[str, Any]:
+        return {}
+
+    def once(self, name: str, measure: Callable[..., Value], *given: object) -> Value:
+        """`measure(*given)`, or its NotMeasurable, measured once for every `name`, whoever asks."""
+        if name not in self._known:
+            try:
+                self._known[name] = measure(*given)
+            except NotMeasurable as reason:
+                self._known[name] = NotMeasurable(str(reason))
+        if isinstance(self._known[name], NotMeasurable):
+            raise NotMeasurable(str(self._known[name]))
+        return self._known[name]
+
+    def prosody(self) -> cm.Prosody:
+        return self.once("prosody", cm.prosody_of, self.samples, self.text)
 
 
 Turns = list[Turn]
@@ -94,6 +121,22 @@ class Ears:
     ser: str = ""
     squim: bool = False
 
+    @classmethod
+    def to_be_had(cls, asr: str, ser: str, squim: bool) -> tuple[Ears, dict[str, str]]:
+        """With the optional models that can be loaded here, and why the metrics of the others are missing."""
+        missing = {}
+        if ser:
+            try:
+                EmotionRecognizer(ser)
+            except MissingRequirement as reason:
+                ser, missing = "", {"emotion_agreement": str(reason)}
+        if squim:
+            try:
+                Squim()
+            except MissingRequirement as reason:
+                squim, missing = False, missing | dict.fromkeys(("squim_pesq", "squim_stoi"), str(reason))
+        return cls(asr, ser, squim), missing
+
     @functools.cached_property
     def recognizer(self) -> Recognizer:
         return Recognizer(self.asr)
@@ -119,26 +162,29 @@ class Ears:
         absent = {} if self.ser else {"emotion_agreement": "--ser MODEL"}
         return absent | ({} if self.squim else dict.fromkeys(("squim_pesq", "squim_stoi"), "--squim"))
 
-    def embeddings(self, turns: Turns) -> tuple[np.ndarray, list[str]]:
-        """(n, D) of the turns long enough, and their speakers."""
-        found = [
-            (each, turn.speaker) for turn in turns if (each := _or_none(self.encoder.embed, turn.samples)) is not None
-        ]
-        if not found:
-            raise NotMeasurable("no turn is long enough for the speaker encoder")
-        vectors, names = zip(*found, strict=True)
-        return np.stack(vectors), list(names)
+    def embed(self, turn: Turn) -> np.ndarray:
+        """(D,) of its voice. NotMeasurable: silent or too short."""
+        return turn.once("embedding", lambda: self.encoder.embed(turn.samples))
+
+    def stoi_pesq(self, turn: Turn) -> tuple[float, float]:
+        """As SQUIM hears it. NotMeasurable: silent."""
+        return turn.once("stoi_pesq", lambda: self.quality.stoi_pesq(turn.samples))
+
+    def errors(self, turn: Turn) -> TextErrors:
+        """NotMeasurable: the text has no words."""
+        return count_errors(turn.text, self.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
 
 
-def _or_none(measure: Callable, *given: object) -> object | None:
+def _or_none(measure: Callable[..., Value], *given: object) -> Value | None:
     try:
         return measure(*given)
     except NotMeasurable:
         return None
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None and math.isfinite(value)]
+def _mean(values: Iterable[float]) -> float:
+    """Without those that are nan: what a turn cannot show in its place, e.g. confusion where nobody else speaks."""
+    known = [value for value in values if math.isfinite(value)]
     if not known:
         raise NotMeasurable("no turn of the conversation can be measured")
     return float(np.mean(known))
@@ -169,14 +215,32 @@ class Human:
 
 
 class Heard:
-    """A degraded conversation beside the one it was made from."""
+    """A degraded conversation beside the one it was made from.
+
+    `left_out` counts, reason by reason, the turns that the metrics measured so far had to do without.
+    """
 
     def __init__(self, name: str, turns: Turns, original: Turns, human: Human, ears: Ears):
         self.name, self.turns, self.original, self.human, self.ears = name, turns, original, human, ears
+        self.left_out: Counter[str] = Counter()
 
-    @functools.cached_property
+    def each(self, measure: Callable[..., Value], *sets: Turns) -> list[Value | None]:
+        """`measure` of every turn, or of those in the same place of several sets; None: left out, and counted."""
+        found: list[Value | None] = []
+        for turns in zip(*sets or (self.turns,), strict=True):
+            try:
+                found.append(measure(*turns))
+            except NotMeasurable as reason:
+                self.left_out[str(reason)] += 1
+                found.append(None)
+        return found
+
+    def known(self, measure: Callable[..., Value], *sets: Turns) -> list[Value]:
+        """As `each`, without those left out."""
+        return [value for value in self.each(measure, *sets) if value is not None]
+
     def prosody(self) -> list[tuple[str, cm.Prosody] | None]:
-        return prosody_of_turns(self.turns)
+        return self.each(lambda turn: (turn.speaker, turn.prosody()))
 
     @functools.cached_property
     def gaps(self) -> list[float]:
@@ -185,89 +249,102 @@ class Heard:
             raise NotMeasurable("nothing says when the turns begin")
         return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
 
-    @functools.cached_property
+    def embeddings(self) -> tuple[np.ndarray, list[str]]:
+        """(n, D) of the turns long enough, and their speakers."""
+        found = self.known(lambda turn: (self.ears.embed(turn), turn.speaker))
+        if not found:
+            raise NotMeasurable("no turn is long enough for the speaker encoder")
+        vectors, names = zip(*found, strict=True)
+        return np.stack(vectors), list(names)
+
     def characters(self) -> list[cm.Character]:
-        vectors, names = self.ears.embeddings(self.turns)
+        vectors, names = self.embeddings()
         own = (vectors[[name == each for each in names]] for name in sorted(set(names)))
         return [found for turns in own if (found := _or_none(cm.character, turns)) is not None]
 
     def mean_prosody(self, name: str) -> float:
-        return _mean(getattr(turn[1], name) for turn in self.prosody if turn)
+        return _mean(getattr(prosody, name) for prosody in self.known(Turn.prosody))
 
     def per_turn(self, measure: Callable[[Turn, Turn], float]) -> float:
         """Mean over the turns of a measure of a turn and the one it was made from."""
-        return _mean(_or_none(measure, *pair) for pair in zip(self.turns, self.original, strict=True))
+        return _mean(self.known(measure, self.turns, self.original))
+
+    def prosody_distance(self) -> float:
+        ours = self.known(lambda turn: (turn.speaker, turn.prosody()))
+        return cm.prosody_distance(ours, self.human.prosody_but(self.name))
 
     def coherence(self) -> float:
-        pairs = zip(self.prosody, prosody_of_turns(self.original), strict=True)
-        whole = [pair for pair in pairs if pair[0] and pair[1]]
-        if not whole:
+        def both(now: Turn, real: Turn) -> tuple[tuple[str, cm.Prosody], tuple[str, cm.Prosody]]:
+            return (now.speaker, now.prosody()), (real.speaker, real.prosody())
+
+        pairs = self.known(both, self.turns, self.original)
+        if not pairs:
             raise NotMeasurable("no turn of the conversation can be measured")
-        heard, real = zip(*whole, strict=True)
+        heard, real = zip(*pairs, strict=True)
         return cm.rank_correlation(cm.arousal(heard), cm.arousal(real))
 
     def errors(self) -> float:
-        """Word error rate of all turns together."""
-        counts = [
-            count_errors(turn.text, self.ears.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
-            for turn in self.turns
-        ]
+        """Word error rate of all turns with words together. NotMeasurable: none has words."""
+        counts = self.known(self.ears.errors)
+        if not counts:
+            raise NotMeasurable("no text of the conversation has words")
         return sum(each.wrong for each in counts) / sum(each.words for each in counts)
-
-    @functools.cached_property
-    def quality(self) -> list[tuple[float, float]]:
-        """SQUIM's STOI and PESQ of the turns that can be measured."""
-        found = (_or_none(self.ears.quality.stoi_pesq, turn.samples) for turn in self.turns)
-        return [each for each in found if each is not None]
 
     def style_kept(self) -> float:
         human = [prosody for _, prosody in self.human.prosody_but(self.name)]
-        return _mean(cm.style_kept(self.prosody, human))
+        return _mean(cm.style_kept(self.prosody(), human))
 
-    def recall(self) -> float:
+    @functools.cached_property
+    def recalled(self) -> float:
         answers_to(self.name)  # says so before anything is transcribed
-        last = self.turns[-1]
-        if last.speaker != str(SYSTEM) or not len(last.samples):
+        first, last = self.turns[0].speaker, self.turns[-1]
+        alone = all(turn.speaker == first for turn in self.turns)  # a batch lacks the turns that it only heard
+        asker = str(USER) if alone else first
+        if last.speaker == asker or not len(last.samples):
             return 0.0  # the system said nothing
         return recalled(self.name, self.ears.recognizer.transcribe(last.samples))
 
+    def recall(self, between: int) -> float:
+        """Where the answer is asked for after so many other exchanges."""
+        if turns_between(self.name) != between:
+            raise NotMeasurable(f"not asked after {between} exchanges")
+        return self.recalled
+
     def confusion(self) -> float:
-        return _mean(cm.confused(*self.ears.embeddings(self.turns)).tolist())
+        return _mean(cm.confused(*self.embeddings()).tolist())
 
     def similarity(self) -> float:
         """Of the turns to those they were made from."""
-        return self.per_turn(
-            lambda now, real: float(self.ears.encoder.embed(now.samples) @ self.ears.encoder.embed(real.samples))
-        )
+        return self.per_turn(lambda now, real: float(self.ears.embed(now) @ self.ears.embed(real)))
 
 
 def prosody_of_turns(turns: Turns) -> list[tuple[str, cm.Prosody] | None]:
     """Speaker and prosody of every turn that can be measured, else None."""
-    return [(turn.speaker, turn.prosody) if turn.prosody else None for turn in turns]
+    found = [_or_none(turn.prosody) for turn in turns]
+    return [(turn.speaker, prosody) if prosody else None for turn, prosody in zip(turns, found, strict=True)]
 
 
 MEASURES: dict[str, Callable[[Heard], float]] = {
     **{name: functools.partial(lambda heard, name: heard.mean_prosody(name), name=name) for name in cm.DISTRIBUTED},
     "pitch_contour": lambda heard: heard.per_turn(lambda now, real: cm.pitch_contour(real.samples, now.samples)),
-    "prosody_distance": lambda heard: cm.prosody_distance(
-        [turn for turn in heard.prosody if turn], heard.human.prosody_but(heard.name)
-    ),
+    "prosody_distance": Heard.prosody_distance,
     "emotional_coherence": Heard.coherence,
-    "character_run": lambda heard: _mean(each.run for each in heard.characters),
-    "character_half": lambda heard: _mean(each.half for each in heard.characters),
-    "character_drift": lambda heard: _mean(each.drift for each in heard.characters),
+    "character_run": lambda heard: _mean(each.run for each in heard.characters()),
+    "character_half": lambda heard: _mean(each.half for each in heard.characters()),
+    "character_drift": lambda heard: _mean(each.drift for each in heard.characters()),
     "confusion": Heard.confusion,
     "speaker_similarity": Heard.similarity,
     "style_kept": Heard.style_kept,
-    "content_recall": Heard.recall,
+    "content_recall": lambda heard: heard.recalled,
+    **{name: functools.partial(Heard.recall, between=k) for name, k in RECALLED.items()},
     "gap": lambda heard: cm.gap(heard.gaps),
     "overlap": lambda heard: cm.overlap(heard.gaps),
     "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
     "emotion_agreement": lambda heard: heard.per_turn(
         lambda now, real: heard.ears.emotions.agreement(now.samples, real.samples)
     ),
-    "squim_stoi": lambda heard: _mean(stoi for stoi, _ in heard.quality),
-    "squim_pesq": lambda heard: _mean(pesq for _, pesq in heard.quality),
+    "squim_stoi": lambda heard: _mean(stoi for stoi, _ in heard.known(heard.ears.stoi_pesq)),
+    "squim_pesq": lambda heard: _mean(pesq for _, pesq in heard.known(heard.ears.stoi_pesq)),
     "wer": Heard.errors,
     "homographs": lambda heard: homographs_right(
         heard.ears.reader, [(turn.text, turn.samples) for turn in heard.turns]
@@ -276,14 +353,23 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
         heard.ears.reader, [(turn.speaker, turn.text, turn.samples) for turn in heard.turns]
     ),
     "dnsmos": lambda heard: _mean(
-        dnsmos(resample(turn.samples, SAMPLE_RATE, DNSMOS_RATE)) for turn in heard.turns if len(turn.samples)
+        heard.known(lambda turn: dnsmos(resample(require_speech(turn.samples), SAMPLE_RATE, DNSMOS_RATE)))
     ),
 }
 
 
 METRICS_OF_CONVERSATIONS: dict[str, Metric] = {
     **{name: metric for name, metric in {**METRICS, **cm.CONVERSATION_METRICS}.items() if name in MEASURES},
+    "wer": replace(
+        METRICS["wer"],
+        definition=METRICS["wer"].definition.replace("summed over all clips", "summed over a conversation")
+        + " Here the mean over conversations, a turn whose text has no words left out.",
+    ),
     "content_recall": CONTENT_RECALL,
+    **{
+        name: replace(CONTENT_RECALL, title=f"Content recall, {k} exchanges between", source="as the content recall")
+        for name, k in RECALLED.items()
+    },
     **PRONUNCIATION_METRICS,
     **LISTENER_METRICS,
     "dnsmos": Metric(

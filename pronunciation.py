@@ -38,8 +38,8 @@ PRONUNCIATION_METRICS = {
         title="Homographs",
         unit="share right",
         better="higher",
-        definition="Share of turns that are one of 100 sentences on lead, bass, tear, wound and row in which the word "
-        "is pronounced as the sentence means it. Forced choice between the two by pocketsphinx.",
+        definition="Share of turns that are one of 80 sentences on lead, bass, wound and row in which the word is "
+        "pronounced as the sentence means it. Forced choice between the two by pocketsphinx.",
         reference="0.5 for a voice that does not read on; known audio: see README",
         source='Sesame, "Crossing the Uncanny Valley of Conversational Voice", evaluation; sentences of this project',
     ),
@@ -48,7 +48,7 @@ PRONUNCIATION_METRICS = {
         unit="share of later turns",
         better="higher",
         definition="Share of turns with a word that can be said in two ways (aunt, data, envelope, mobile, route, "
-        "vase, either, adult, often, caramel) in which it is said as in the first such turn of the conversation.",
+        "vase, either, adult, caramel) in which it is said as in the first such turn of the conversation.",
         reference="a voice that always says one of the two has 1 as well: see how often it says either",
         source="as the homographs",
     ),

@@ -16,21 +16,25 @@ import hashlib
 import html
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
 
-from audio import SAMPLE_RATE, resample, write_wav
+from audio import SAMPLE_RATE, resample, rms_dbfs, write_wav
 from checkpointing import write_atomically
 from conversation_formats import Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
 from heard_conversations import (
     MEASURES,
     METRICS_OF_CONVERSATIONS,
+    RECALLED,
+    VERSION,
     Ears,
     Heard,
     Human,
@@ -40,18 +44,29 @@ from heard_conversations import (
     in_processes,
     kept_lines,
 )
-from speech_metrics import FEWEST_CONVERSATIONS, RESAMPLES, Figure, Item, NotMeasurable, bootstrap, normalise
+from speech_metrics import (
+    FEWEST_CONVERSATIONS,
+    RESAMPLES,
+    SILENCE_DBFS,
+    Figure,
+    Item,
+    NotMeasurable,
+    bootstrap,
+    normalise,
+)
 from speech_sources import load, read_recordings
 
 AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "emotion_agreement", "speaker_similarity")  # turn by turn
-OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall")  # that were written for them
+OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall", *RECALLED)  # that were written for them
 FLIPS = 10_000  # of the signs of the differences
 RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
 CONTEXT_TURNS = 3  # that a listener hears before the turn in question
+LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 GAIN = {"higher": 1, "lower": -1}
+NOTHING = np.zeros(0, np.float32)  # what a system says that does not answer
 Conversations = dict[str, Turns]
 
 
@@ -72,23 +87,32 @@ def read_system(name: str, path: Path) -> System:
     conversations: Conversations = {}
     refused = []
     for recording in sorted(recordings_of(path), key=lambda r: (r.conversation, r.turn_index)):
-        turns = conversations.setdefault(recording.conversation, [])
+        turns, text = conversations.setdefault(name_of(recording), []), (recording.text or "").strip()
         try:
-            samples = resample(*load(recording), SAMPLE_RATE)
-            if not recording.text:
+            samples = NOTHING if recording.audio == b"" else resample(*load(recording), SAMPLE_RATE)
+            if not text:
                 raise ValueError("no transcript")
         except (OSError, ValueError) as error:
             refused.append(f"{recording.name or recording.audio}: {error}")
             continue
-        turns.append(Turn(recording.speaker, recording.text, samples, recording.start))
+        turns.append(Turn(recording.speaker, text, samples, recording.start))
     conversations = {key: turns for key, turns in conversations.items() if turns}
-    if not conversations:
-        raise ValueError(f"nothing of {path} can be heard: {refused[0]}")
+    if not any(len(turn.samples) for turns in conversations.values() for turn in turns):
+        raise ValueError(f"nothing of {path} can be heard: {refused[0] if refused else 'all of its turns are empty'}")
     return System(name, conversations, refused)
 
 
+def name_of(recording: Recording) -> str:
+    """Of its conversation; where that is the name of the file, without the suffix: a.wav and a.flac say the same."""
+    suffix = recording.audio.suffix if isinstance(recording.audio, Path) else ""
+    return recording.conversation.removesuffix(suffix)
+
+
 def recordings_of(path: Path) -> list[Recording]:
-    """As `collect_data.py --input`, or what `demo.py --mode batch` wrote. ValueError: neither."""
+    """As `collect_data.py --input`, or what `demo.py --mode batch` wrote. ValueError: neither.
+
+    A turn in which a system said nothing has no bytes of audio.
+    """
     results = sorted(path.glob(f"*/{RESULT}"))
     if not results or (path / "manifest.jsonl").is_file():
         return read_recordings(path)
@@ -97,9 +121,11 @@ def recordings_of(path: Path) -> list[Recording]:
         try:
             content = json.loads(result.read_text(encoding="utf-8"))
             for index, turn in enumerate(content["turns"]):
-                if file := turn.get("file"):
-                    place = {"conversation": result.parent.name, "turn_index": index, "name": file}
-                    audio = result.with_name(Path(file).name)
+                if "file" in turn:  # else it was only heard
+                    file = turn["file"]  # None: nothing was said
+                    place = {"conversation": result.parent.name, "turn_index": index}
+                    place["name"] = file or f"{result.parent.name}, turn {index}"
+                    audio = result.with_name(Path(file).name) if file else b""
                     recordings.append(Recording(audio=audio, text=turn["text"], speaker=str(turn["speaker"]), **place))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{result} is not what demo.py --mode batch writes: {error}") from error
@@ -110,7 +136,15 @@ def aligned(turns: Turns, real: Turns | None) -> bool:
     """Whether both say the same texts in the same order, so that turns can be compared one by one."""
     if real is None or len(turns) != len(real):
         return False
-    return all(normalise(a.text) == normalise(b.text) for a, b in zip(turns, real, strict=True))
+    return all(words_of(a.text) == words_of(b.text) for a, b in zip(turns, real, strict=True))
+
+
+def words_of(text: str) -> str:
+    """As for word errors; where their normaliser is not installed, lower-case words."""
+    try:
+        return normalise(text)
+    except ModuleNotFoundError:
+        return " ".join(re.findall(r"[\w']+", text.lower()))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -118,51 +152,67 @@ def aligned(turns: Turns, real: Turns | None) -> bool:
 _WORKER: dict = {}
 
 
+class Measured(NamedTuple):
+    """One metric of one conversation."""
+
+    value: float | None
+    reason: str  # why there is none
+    left_out: dict[str, int]  # reason -> turns that the value knows nothing of
+
+
+Table = dict[str, dict[str, dict[str, Measured]]]  # system -> conversation -> metric
+
+
 def start_worker(human: Human, ears: Ears) -> None:
     _WORKER.update(human=human, ears=ears)
 
 
-def measure_in_worker(
-    name: str, turns: Turns, real: Turns | None, metrics: Sequence[str]
-) -> dict[str, tuple[float | None, str]]:
-    """metric -> value, or None and the reason."""
+def measure_in_worker(name: str, turns: Turns, real: Turns | None, metrics: Sequence[str]) -> dict[str, Measured]:
     same = aligned(turns, real)
     heard = Heard(name, turns, real if same else turns, _WORKER["human"], _WORKER["ears"])
     found = {}
     for metric in metrics:
+        heard.left_out.clear()
         try:
             if metric in AGAINST_REFERENCE and not same:
                 raise NotMeasurable("the reference does not say the same turns")
-            found[metric] = (MEASURES[metric](heard), "")
+            found[metric] = Measured(MEASURES[metric](heard), "", dict(heard.left_out))
         except NotMeasurable as reason:
-            found[metric] = (None, str(reason))
+            found[metric] = Measured(None, str(reason), {})
     return found
 
 
-def measure_systems(
-    systems: Sequence[System], missing: Iterable[str], ears: Ears, workers: int, out: Path
-) -> dict[str, dict[str, dict[str, tuple[float | None, str]]]]:
-    """system -> conversation -> metric -> value or reason. Values are kept in `out` by a hash of the audio."""
+def measure_systems(systems: Sequence[System], missing: Iterable[str], ears: Ears, workers: int, out: Path) -> Table:
+    """Values are kept in `out` by a hash of the audio and the names."""
     reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
-    human = Human.of(reference.conversations)
-    whole = hashlib.sha256("".join(hash_of(turns) for turns in reference.conversations.values()).encode()).hexdigest()
-    known = dict(kept_lines(out / MEASURED, lambda row: (row["key"], {m: tuple(v) for m, v in row["values"].items()})))
+    real = sorted((name, hash_of(turns)) for name, turns in reference.conversations.items())
+    shared = f"{VERSION} {digest(str(real))} {ears} {sorted(metrics)}"
+    known = dict(kept_lines(out / MEASURED, lambda row: (row["key"], plain_to_measured(row["values"]))))
     jobs = {}
     for system in systems:
         for name, turns in system.conversations.items():
-            key = hashlib.sha256(f"{hash_of(turns)} {whole} {ears} {sorted(metrics)}".encode()).hexdigest()
+            key = digest(f"{name!r} {hash_of(turns)} {shared}")
             jobs[system.name, name] = (key, turns, reference.conversations.get(name))
     new = {key: (name, turns, real, metrics) for (_, name), (key, turns, real) in jobs.items() if key not in known}
     keys, work = list(new), list(new.values())
+    human = Human.of(reference.conversations) if new else Human({}, {})
     with open(out / MEASURED, "a", encoding="utf-8") as file:
         for number, values in in_processes(measure_in_worker, work, workers, start_worker, (human, ears), "measuring"):
             known[keys[number]] = values
             file.write(json.dumps({"key": keys[number], "values": values}) + "\n")
             file.flush()
-    found: dict[str, dict[str, dict[str, tuple[float | None, str]]]] = {}
+    found: Table = {}
     for (system, name), (key, _, _) in jobs.items():
         found.setdefault(system, {})[name] = known[key]
     return found
+
+
+def plain_to_measured(values: dict[str, list]) -> dict[str, Measured]:
+    return {metric: Measured(*value) for metric, value in values.items()}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -182,8 +232,8 @@ class Difference:
     conversations: int
 
 
-def figures_of(measured: dict, seed: int) -> dict[str, dict[str, Figure]]:
-    """metric -> system -> mean over conversations with a bootstrap interval, and why conversations were left out.
+def figures_of(measured: Table, seed: int) -> dict[str, dict[str, Figure]]:
+    """metric -> system -> mean over conversations with a bootstrap interval, and why what was left out.
 
     A metric of special sentences is there only if somebody said some.
     """
@@ -191,14 +241,16 @@ def figures_of(measured: dict, seed: int) -> dict[str, dict[str, Figure]]:
     for system, conversations in measured.items():
         for metric in next(iter(conversations.values())):
             values = {name: found[metric] for name, found in conversations.items()}
-            items = [Item(name, value) for name, (value, _) in values.items() if value is not None]
-            excluded = Counter(reason for value, reason in values.values() if value is None)
+            items = [Item(name, each.value) for name, each in values.items() if each.value is not None]
+            excluded = Counter(each.reason for each in values.values() if each.value is None)
+            for each in values.values():
+                excluded.update({LEFT_OUT + reason: turns for reason, turns in each.left_out.items()})
             table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
     unasked = {metric for metric in OF_SENTENCES if all(f.value is None for f in table.get(metric, {}).values())}
     return {metric: systems for metric, systems in table.items() if metric not in unasked}
 
 
-def differences(measured: dict, seed: int) -> list[Difference]:
+def differences(measured: Table, seed: int) -> list[Difference]:
     """Every other system against the first, metric by metric; those with two shared conversations or more."""
     (reference, real), *others = measured.items()
     found = []
@@ -207,7 +259,7 @@ def differences(measured: dict, seed: int) -> list[Difference]:
             if metric in AGAINST_REFERENCE:
                 continue  # the reference is 1 by definition
             shared = [name for name in conversations if name in real]
-            pairs = [(conversations[name][metric][0], real[name][metric][0]) for name in shared]
+            pairs = [(conversations[name][metric].value, real[name][metric].value) for name in shared]
             changes = np.array([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
             if len(changes) >= 2:
                 low, high, p = paired(changes, seed)
@@ -250,10 +302,16 @@ def warnings_of(systems: Sequence[System], found: Sequence[Difference]) -> list[
         absent = sorted(set(reference.conversations) - set(system.conversations))
         if absent:
             lines.append(f"{system.name} lacks {len(absent)} conversations of {reference.name}, e.g. {absent[0]}.")
+    for system in systems:
+        turns = [turn for turns in system.conversations.values() for turn in turns]
+        if silent := sum(rms_dbfs(turn.samples) < SILENCE_DBFS for turn in turns):
+            lines.append(f"{system.name}: {silent} of {len(turns)} turns are silent; figures of sound leave them out.")
     fewest = min((each.conversations for each in found), default=0)
+    if len(systems) == 1:
+        fewest = len(reference.conversations)
     if fewest < FEWEST_CONVERSATIONS:
         lines.append(
-            f"Some comparisons rest on {fewest} conversations; below {FEWEST_CONVERSATIONS} the intervals are too "
+            f"Some figures rest on {fewest} conversations; below {FEWEST_CONVERSATIONS} the intervals are too "
             "narrow and no difference can be told from chance."
         )
     return lines
@@ -267,6 +325,12 @@ def shown(figure: Figure) -> str:
         return f"not measurable: {', '.join(figure.excluded)};"
     interval = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
     return f"{figure.value:.3f}{interval}"
+
+
+def counted(figure: Figure) -> str:
+    """How many conversations, and how many turns of them the value knows nothing of."""
+    turns = sum(n for reason, n in figure.excluded.items() if reason.startswith(LEFT_OUT))
+    return f"n={figure.n}" + (f" without {turns} turn(s)" if turns else "")
 
 
 def verdict(found: Difference) -> str:
@@ -284,7 +348,7 @@ def rows_of(figures: dict, found: Sequence[Difference]) -> list[list[str]]:
         about = METRICS_OF_CONVERSATIONS[metric]
         cells = [f"{about.title} ({about.unit})"]
         for system, figure in systems.items():
-            cells.append(f"{shown(figure)} n={figure.n}")
+            cells.append(f"{shown(figure)} {counted(figure)}")
             for each in found:
                 if (each.system, each.metric) == (system, metric):
                     said = f"; {verdict(each)}" if verdict(each) else ""
@@ -307,7 +371,8 @@ def write_comparison(
 ) -> None:
     """`comparison.json`, `comparison.md` and `comparison.html` with plots and players."""
     names, rows = [system.name for system in systems], rows_of(figures, found)
-    write_atomically(out / "comparison.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    content = {**report, "metrics": {name: dataclasses.asdict(METRICS_OF_CONVERSATIONS[name]) for name in figures}}
+    write_atomically(out / "comparison.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     lines = ["# Comparison", "", *(f"- {line}" for line in report["warnings"]), ""]
     lines += ["| " + " | ".join(row) + " |" for row in [["metric", *names], ["---"] * (1 + len(names)), *rows]]
     lines += [
@@ -356,11 +421,17 @@ def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list
     figure = matplotlib.figure.Figure(figsize=(11, 2.8))
     axes = figure.subplots(1, len(systems), sharey=True, squeeze=False)[0]
     for axis, system in zip(axes, systems, strict=True):
-        samples = next(iter(system.conversations.values()))[0].samples
-        axis.specgram(samples + 1e-6, NFFT=1024, Fs=SAMPLE_RATE, noverlap=768, vmin=-140, vmax=-40, cmap="magma")
+        samples = audible(next(iter(system.conversations.values()))[0])
+        hiss = np.random.default_rng(0).normal(0, 1e-6, len(samples))  # below what is drawn; silence has no logarithm
+        axis.specgram(samples + hiss, NFFT=1024, Fs=SAMPLE_RATE, noverlap=768, vmin=-140, vmax=-40, cmap="magma")
         axis.set(title=system.name, xlabel="s")
     save_plot(figure, out / "plots" / "spectrograms.png")
     return [*made, "plots/spectrograms.png"]
+
+
+def audible(turn: Turn) -> np.ndarray:
+    """Its samples; half a second of silence where nothing was said, so that there is something to show and to play."""
+    return turn.samples if len(turn.samples) else np.zeros(SAMPLE_RATE // 2, np.float32)
 
 
 def players(out: Path, systems: Sequence[System]) -> str:
@@ -375,7 +446,7 @@ def players(out: Path, systems: Sequence[System]) -> str:
             if turns is None:
                 cells.append("nothing said")
                 continue
-            write_wav(folder / f"{place}-{number}.wav", turns[-1].samples)
+            write_wav(folder / f"{place}-{number}.wav", audible(turns[-1]))
             cells.append(f'<audio controls preload="none" src="audio/{place}-{number}.wav"></audio>')
         rows.append(cells)
     return table(["last turn of", *(system.name for system in systems)], rows)
@@ -416,13 +487,14 @@ def write_listening_page(out: Path, one: System, other: System, limit: int, seed
     asked = [(name, index, context) for name, index in chosen for context in ((False, True) if index else (False,))]
     first = random.permutation(np.arange(len(asked)) % 2)  # each system is A in half of the pairs
     for (name, index, context), swap in zip(asked, first, strict=True):
-        item = hashlib.sha256(f"{seed} {name} {index} {context}".encode()).hexdigest()[:12]
         order = [other, one] if swap else [one, other]
+        heard = [(system.name, hash_of(system.conversations[name])) for system in order]
+        item = digest(f"{seed} {name!r} {index} {context} {heard}")[:12]  # answers to it count for nothing else
         for letter, system in zip("AB", order, strict=True):
-            write_wav(folder / f"{item}-{letter}.wav", system.conversations[name][index].samples)
+            write_wav(folder / f"{item}-{letter}.wav", audible(system.conversations[name][index]))
         before = one.conversations[name][max(0, index - CONTEXT_TURNS) : index] if context else []
         if before:
-            write_wav(folder / f"{item}-before.wav", np.concatenate([turn.samples for turn in before]))
+            write_wav(folder / f"{item}-before.wav", np.concatenate([audible(turn) for turn in before]))
         items.append({"item": item, "context": bool(before), "text": one.conversations[name][index].text})
         key[item] = {
             "A": order[0].name,
@@ -433,7 +505,7 @@ def write_listening_page(out: Path, one: System, other: System, limit: int, seed
         }
     items = [items[i] for i in random.permutation(len(items))]
     write_atomically(out / KEY, json.dumps({"systems": [one.name, other.name], "items": key}).encode())
-    name = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
+    name = digest(json.dumps(items))[:12]
     data = {
         "items": items,
         "questions": [QUESTIONS[False], QUESTIONS[True]],

@@ -133,6 +133,20 @@ def test_gaps_and_overlaps_of_known_times():
             measure([])
 
 
+def test_who_agrees_within_a_turn_takes_no_turn():
+    """Before, between and after what counts: b says "mm" while a speaks, also across the breath that a takes."""
+    turns = [
+        cm.Span("a", 0, 4),
+        cm.Span("b", 1, 1.5),
+        cm.Span("b", 3.9, 4.2),
+        cm.Span("a", 4.1, 6),
+        cm.Span("b", 6.5, 8),
+    ]
+    assert cm.gaps(turns) == pytest.approx([0.5])
+    assert cm.gaps(turns[:2]) == []
+    assert cm.gaps([cm.Span("a", 0, 2), cm.Span("b", 1.5, 3)]) == [-0.5]  # going on alone is no backchannel
+
+
 def test_equal_gaps_differ_from_varied_ones_of_the_same_median():
     varied = [0.0, 0.2, 0.4]
     assert cm.wasserstein(varied, varied) == 0

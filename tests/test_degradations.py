@@ -6,14 +6,17 @@ from spoken_clips import SENTENCES, speech
 
 import degradations
 from audio import SAMPLE_RATE
-from conversation_metrics import prosody_of
+from conversation_metrics import levels, prosody_of
+from speech_metrics import log_mel_distance
 
 
 def lots() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("name", ["add_noise", "clip", "drop_words", "gain", "insert_pauses", "remove_pauses"])
+@pytest.mark.parametrize(
+    "name", ["add_noise", "clip", "drop_words", "flatten_level", "gain", "insert_pauses", "remove_pauses"]
+)
 def test_severity_zero_changes_nothing(name):
     clip = speech(0)
     np.testing.assert_array_equal(getattr(degradations, name)(clip, 0.0, lots()), clip)
@@ -62,6 +65,24 @@ def test_clipping_cuts_the_share_asked_for_and_keeps_the_level():
     cut = degradations.clip(clip, 0.1, lots())
     assert np.mean(np.abs(cut) >= np.abs(cut).max() * 0.999) == pytest.approx(0.1, abs=0.005)
     assert np.mean(cut**2) == pytest.approx(np.mean(clip**2), rel=1e-3)
+
+
+def test_levels_come_closer_to_their_median_by_the_share_asked_for():
+    seconds = np.arange(4 * SAMPLE_RATE) / SAMPLE_RATE
+    loud = np.where(seconds % 2 < 1, 0.5, 0.05)  # 20 dB apart
+    tone = (loud * np.sin(2 * np.pi * 200 * seconds)).astype(np.float32)
+    softer = degradations.flatten_level(tone, 0.6, lots())
+    assert np.ptp(np.percentile(levels(softer), [10, 90])) == pytest.approx(8, abs=0.2)
+    np.testing.assert_array_equal(np.sign(softer), np.sign(tone))
+
+
+def test_fewer_codebooks_are_further_from_what_was_said():
+    clip = speech(0)
+    every, few, fewest = (degradations.leave_out_codebooks(clip, left_out, lots()) for left_out in (0.0, 16.0, 31.0))
+    assert len(every) == len(few) == len(fewest) == len(clip)
+    distances = [log_mel_distance(clip, copy) for copy in (every, few, fewest)]
+    assert distances == sorted(distances) and distances[2] > 1.2 * distances[0]
+    assert not len(degradations.leave_out_codebooks(clip[:0], 0.0, lots()))
 
 
 def test_words_are_dropped_in_the_share_asked_for():

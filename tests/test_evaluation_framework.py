@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import full_model, tiny_model, turn_record
+from conftest import full_model, tiny_model, tiny_tokenizer, turn_record
 from spoken_clips import SENTENCES, other_speaker, speech
 
 import evaluation_framework
@@ -38,6 +39,8 @@ from evaluation_framework import (
     main,
 )
 from evaluation_report import FULL, GENERATED, ORIGINAL, REAL, SEMANTIC, collect_warnings, model_note, players, show
+from heard_conversations import Ears
+from rvq_tokenizer import save_tokenizer
 from speech_metrics import Tally
 from spoken_validation import Tools
 from text_tokenizer import ByteTokenizer
@@ -168,6 +171,44 @@ def test_a_second_run_measures_only_what_changed(finished, spoken_data, tokenize
     assert time.perf_counter() - begin < 60
     audio = {path.name.split("-")[0] for path in (finished / "audio").iterdir()}
     assert len(list((finished / "audio").iterdir())) == 2 and audio == {"tokenizer", "model"}
+
+
+def test_other_data_another_tokenizer_or_a_new_package_measure_the_model_anew(
+    finished, spoken_data, tokenizer_folder, checkpoint, tmp_path, monkeypatch, capsys
+):
+    for part in ("tokenizer", "model"):
+        content = {**report_of(finished)[part], "clips": [], "replies": []}
+        del content["inputs"]
+        monkeypatch.setattr(evaluation_framework, f"evaluate_{part}", lambda *given, content=content: content)
+    data, tokenizer = tmp_path / "data", tmp_path / "tokenizer"
+    shutil.copytree(spoken_data, data)
+    shutil.copytree(tokenizer_folder, tokenizer)
+
+    def measured_anew() -> bool:
+        assert main(flags(data, tokenizer, tmp_path / "report", "--checkpoint", str(checkpoint))) == EXIT_DONE
+        return "model: unchanged" not in capsys.readouterr().out
+
+    assert measured_anew() and not measured_anew()
+    more = turn_record("new", 0, "a", SENTENCES[0], resample(speech(0), SAMPLE_RATE, 16_000))
+    Collection(data).commit("test", "1", ["new"], [more], [])
+    assert measured_anew() and not measured_anew()
+    save_tokenizer(tiny_tokenizer(seed=1), tokenizer)
+    assert measured_anew() and not measured_anew()
+    monkeypatch.setitem(sys.modules, "pystoi", None)  # makes importing it fail
+    assert measured_anew()
+
+
+def test_validation_loads_no_model_that_it_does_not_ask(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluation_framework, "EmotionRecognizer", None)
+    monkeypatch.setattr(evaluation_framework, "Squim", None)
+    monkeypatch.setattr(evaluation_framework, "conversations_of", lambda *_: {})
+    monkeypatch.setattr(evaluation_framework, "measure_all", lambda *args: given.extend(args) or [])
+    monkeypatch.setattr(evaluation_framework, "draw_verdicts", lambda *_: None)
+    (tmp_path / "shards.jsonl").touch()
+    asked = ["--validate", "--ser", "nowhere", "--squim", "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert main(asked) == EXIT_DONE
+    assert given[2] == Ears()
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Optional listeners: real classes with random weights, as theirs cannot be shipped."""
 
+import json
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 from spoken_clips import other_speaker, speech
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification
@@ -65,7 +68,14 @@ def test_squim_runs_with_the_published_architecture(monkeypatch):
         Squim().stoi_pesq(np.zeros(24000, np.float32))
 
 
-def test_a_model_that_is_not_there_is_refused_at_once(tmp_path):
-    flags = ["--systems", f"one={tmp_path}", "--ser", str(tmp_path), "--out", str(tmp_path / "out")]
-    with pytest.raises(MissingRequirement, match="no audio classifier"):
-        evaluation_framework.main(flags)
+def test_a_model_that_is_not_there_leaves_the_other_metrics(tmp_path, capsys):
+    said = tmp_path / "said"
+    said.mkdir()
+    for number in range(2):
+        soundfile.write(said / f"{number}.wav", speech(number), 24_000)
+        (said / f"{number}.txt").write_text("Good morning.\n")
+    flags = ["--systems", f"one={said}", "--ser", str(tmp_path), "--workers", "1", "--out", str(tmp_path / "out")]
+    assert evaluation_framework.main(flags) == 0
+    assert "emotion_agreement was not measured: --ser" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["figures"]["rate"]["one"]["value"] > 0 and "emotion_agreement" not in found["figures"]

@@ -13,6 +13,7 @@ import pytest
 from conftest import turn_record, voice
 from spoken_clips import SENTENCES, other_speaker, speech
 
+import conversation_metrics as cm
 import heard_conversations as hc
 import metric_validation as mv
 from audio import SAMPLE_RATE
@@ -38,7 +39,7 @@ def verdict(table, severities=(0.0, 1.0, 2.0, 3.0, 4.0), expected=mv.RISES, monk
     """A verdict on numbers: conversations x severities."""
     given = mv.Degradation(title="", change=lambda t, s, r: t, severities=severities, expected={"rate": expected})
     monkeypatch.setitem(mv.DEGRADATIONS, "made up", given)
-    records = [mv.Record(str(i), "made up", "rate", list(row), []) for i, row in enumerate(table)]
+    records = [mv.Record(str(i), "made up", "rate", list(row), [], list(severities)) for i, row in enumerate(table)]
     return mv.verdict_on("made up", "rate", expected, records, seed=0)
 
 
@@ -74,10 +75,16 @@ def test_blindness_is_claimed_against_the_spread_between_conversations(monkeypat
     assert verdict(ones - np.array([0, 0, 0, 0, 0.2]), expected=mv.BLIND, monkeypatch=monkeypatch).passed is False
 
 
+def test_blindness_is_judged_where_the_metric_moves_most(monkeypatch):
+    there_and_back = base() + np.array([0.0, 0.0, -3.0, 0.0, 0.0])
+    found = verdict(there_and_back, expected=mv.BLIND, monkeypatch=monkeypatch)
+    assert found.passed is False and found.change == pytest.approx(-3) and found.drift < -1
+
+
 def test_what_cannot_be_measured_is_counted(monkeypatch):
     given = mv.DEGRADATIONS["slower"]
     monkeypatch.setitem(mv.DEGRADATIONS, "made up", dataclasses.replace(given, expected={"rate": mv.FALLS}))
-    records = [mv.Record(str(i), "made up", "rate", [None] * 5, ["too short"] * 5) for i in range(3)]
+    records = [mv.Record(str(i), "made up", "rate", [None] * 5, ["too short"] * 5, []) for i in range(3)]
     found = mv.verdict_on("made up", "rate", mv.FALLS, records, seed=0)
     assert found.passed is None and found.excluded == {"too short": 3}
     json.dumps(mv.plain_verdict(found), allow_nan=False)
@@ -88,6 +95,50 @@ def test_every_expectation_has_a_measure_a_title_and_a_definition():
         assert degradation.severities[0] == 0
         for metric in degradation.expected:
             assert metric in hc.MEASURES and metric in hc.METRICS_OF_CONVERSATIONS
+
+
+def test_a_constant_would_fail():
+    """What a degradation must leave alone, another one must move."""
+    expected = [pair for degradation in mv.DEGRADATIONS.values() for pair in degradation.expected.items()]
+    moved = {metric for metric, what in expected if what != mv.BLIND}
+    assert {metric for metric, what in expected if what == mv.BLIND} <= moved
+
+
+def test_nothing_is_expected_of_a_metric_that_is_given_the_same():
+    turns, of_times = conversation(3), {"gap", "overlap", "gap_distance"}
+    for name, degradation in mv.DEGRADATIONS.items():
+        changed = degradation.change(turns, degradation.severities[-1], np.random.default_rng(0))
+        sounds, before = (sorted((t.text, t.samples.tobytes()) for t in each) for each in (changed, turns))
+        if sounds == before:
+            assert not {*cm.DISTRIBUTED, "prosody_distance", "wer", "dnsmos"} & degradation.expected.keys(), name
+        if [(t.speaker, t.start, t.end) for t in changed] == [(t.speaker, t.start, t.end) for t in turns]:
+            assert not of_times & degradation.expected.keys(), name
+
+
+def test_levels_made_even_and_codebooks_left_out_are_noticed():
+    turns, lots = conversation(), np.random.default_rng(0)
+
+    def after(name: str, metric: str) -> np.ndarray:
+        degradation = mv.DEGRADATIONS[name]
+        made = (degradation.change(turns, severity, lots) for severity in degradation.severities)
+        return np.array([hc.MEASURES[metric](heard(each, turns)) for each in made])
+
+    assert np.all(np.diff(after("even level", "level_spread")) < 0)
+    assert np.all(np.diff(after("codec depth", "speaker_similarity")) < 0)
+
+
+def test_what_is_known_of_a_sound_is_kept_where_only_its_place_changes(monkeypatch):
+    turns, lots, analysed = conversation(), np.random.default_rng(0), []
+    human = hc.Human.of({"this": turns})
+    real = hc.cm.prosody_of
+    monkeypatch.setattr(hc.cm, "prosody_of", lambda *given: analysed.append(given) or real(*given))
+    for name in ("longer gaps", "gaps all alike", "exchanged speakers", "shuffled emotion"):
+        changed = mv.DEGRADATIONS[name].change(turns, 0.5, lots)
+        hc.Heard("this", changed, turns, human, hc.Ears()).coherence()
+    assert not analysed
+    leaves = mv.DEGRADATIONS["another style from the middle on"].change
+    first, second = (leaves(turns, severity, lots) for severity in (0.5, 1.0))
+    assert first[0] is second[0] and first[3] is not second[3] and len(first) == len(turns)
 
 
 def test_degradations_of_conversations_change_only_what_they_name():
@@ -109,7 +160,7 @@ def test_exchanged_and_leaving_voices_are_noticed():
     swapped = [dataclasses.replace(turns[3], speaker="a"), dataclasses.replace(turns[2], speaker="b")]
     assert heard(turns, turns).confusion() == 0
     assert heard([*turns[:2], *swapped[::-1]], turns).confusion() > 0.4
-    left = mv.voice_leaves(turns, 1.0, np.random.default_rng(0))
+    left = mv.DEGRADATIONS["another voice from the middle on"].change(turns, 1.0, np.random.default_rng(0))
     run = hc.MEASURES["character_run"]
     assert run(heard(left, turns)) < run(heard(turns, turns)) - 0.1
 
@@ -129,11 +180,11 @@ def test_emotional_coherence_falls_when_ways_of_speaking_change_places():
     assert heard(higher, turns).coherence() > 0.7
 
 
-def collected(folder, n=40):
+def collected(folder, n=40, each=4):
     collection = Collection(folder)
     turns = []
     for c in range(n):
-        for i in range(4):
+        for i in range(each):
             samples = voice(0.6 + 0.1 * (i % 3), 110 + 60 * (i % 2) + c)
             start = 1.5 * i
             times = {"start_s": start, "end_s": start + len(samples) / 16_000}
@@ -147,8 +198,14 @@ def test_conversations_are_held_out_and_too_few_are_refused(tmp_path):
     assert len(found) == 4 and all(len(turns) == 4 for turns in found.values())
     assert found.keys() == mv.conversations_of(tmp_path / "data", 16, seed=0).keys()
     assert [turn.start for turn in next(iter(found.values()))] == [0, 1.5, 3.0, 4.5]
-    with pytest.raises(ValueError, match="4 are needed"):
-        mv.conversations_of(tmp_path / "data", 4, seed=0)
+    with pytest.raises(ValueError, match=r"holds 2 held-out .* 4 are needed"):
+        mv.conversations_of(collected(tmp_path / "few", n=12), 60, seed=0)
+
+
+def test_long_conversations_are_as_many_as_a_verdict_needs(tmp_path):
+    """24 turns are three conversations of eight."""
+    found = mv.conversations_of(collected(tmp_path / "data", each=9), 24, seed=0)
+    assert [len(turns) for turns in found.values()] == [8] * mv.FEWEST
 
 
 def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monkeypatch):
@@ -169,6 +226,34 @@ def test_a_stopped_validation_goes_on_and_gives_the_same_records(tmp_path, monke
     values = {key(record): record.values for record in whole}
     assert values["0", "longer gaps", "gap"] == pytest.approx([0.2, 0.45, 0.7, 1.2, 2.2])
     assert {record.metric for record in whole} == {"gap", "gap_distance", "overlap"}
+
+
+def test_values_of_other_versions_or_severities_are_measured_anew(tmp_path, monkeypatch):
+    few = {"longer gaps": mv.DEGRADATIONS["longer gaps"]}
+    monkeypatch.setattr(mv, "DEGRADATIONS", few)
+    measured = []
+
+    def in_this_process(work, jobs, workers, start, given, title):
+        measured.extend(jobs)
+        start(*given)
+        return [(number, work(*job)) for number, job in enumerate(jobs)]
+
+    monkeypatch.setattr(mv, "in_processes", in_this_process)
+
+    def levels_and_jobs() -> tuple[set[int], int]:
+        measured.clear()
+        found = mv.measure_all({"0": conversation()}, [], hc.Ears(), 0, 1, tmp_path)
+        return {len(record.values) for record in found}, len(measured)
+
+    assert levels_and_jobs() == ({5}, 1)
+    monkeypatch.setitem(few, "longer gaps", dataclasses.replace(few["longer gaps"], severities=(0.0, 0.5, 1.0)))
+    assert levels_and_jobs() == ({3}, 1)
+    monkeypatch.setattr(mv, "VERSION", mv.VERSION + 1)
+    assert levels_and_jobs() == ({3}, 1)
+    monkeypatch.setattr(mv.degradations, "VERSION", mv.degradations.VERSION + 1)
+    assert levels_and_jobs() == ({3}, 1)
+    monkeypatch.setattr(hc.Human, "of", None)  # nobody to compare with is heard for nothing
+    assert levels_and_jobs() == ({3}, 0)
 
 
 def test_processes_give_results_by_number_and_one_that_dies_is_one_line():

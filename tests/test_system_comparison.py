@@ -10,12 +10,12 @@ from spoken_clips import SENTENCES, other_speaker, speech
 
 import degradations
 import system_comparison as sc
-from audio import SAMPLE_RATE, resample, write_wav
+from audio import SAMPLE_RATE, encode_pcm16, read_audio, resample, write_wav
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, run
 from conversation_metrics import CONVERSATION_METRICS
 from evaluation_framework import main
 from generation import Reply
-from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS
+from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS, Ears, Human, Turn
 from listening_models import LISTENER_METRICS
 from pronunciation import conversations
 from spoken_conversations import measure
@@ -62,6 +62,7 @@ def test_values_of_known_systems(compared):
     assert figures["confusion"]["real"]["value"] == 0
     assert figures["wer"]["real"]["value"] < 0.1
     assert any("2 conversations" in line for line in report["warnings"])
+    assert set(report["metrics"]) == set(figures) and report["metrics"]["wer"]["definition"]
     for name in ("comparison.md", "comparison.html"):
         text = (compared[0] / "out" / name).read_text()
         assert "Pitch spread" in text and CONVERSATION_METRICS["pitch_spread"].definition[:40] in text
@@ -131,7 +132,7 @@ def test_bad_files_are_named_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_what_a_batch_spoke_is_a_system(tmp_path):
-    """Spoken turns only; who says nothing has no file and is left out."""
+    """Spoken turns only; who says nothing has no file, and his turn is empty."""
     folder = tmp_path / "batch" / "soup"
     folder.mkdir(parents=True)
     rows = [{"speaker": 0, "text": "heard only", "heard": "a.wav", "seconds": 1.0}]
@@ -142,12 +143,103 @@ def test_what_a_batch_spoke_is_a_system(tmp_path):
         rows.append(measure(Reply(samples, torch.zeros(0, 4), SENTENCES[0], True, 0.1, 0.2), 1, path))
     (folder / sc.RESULT).write_text(json.dumps({"turns": rows}))
     system = sc.read_system("spoken", tmp_path / "batch")
-    (turn,) = system.conversations["soup"]
+    turn, empty = system.conversations["soup"]
     assert (turn.speaker, turn.text, turn.start, system.refused) == ("1", SENTENCES[0], None, [])
     np.testing.assert_allclose(turn.samples, speech(0), atol=1e-4)
+    assert (empty.speaker, empty.text, len(empty.samples)) == ("1", SENTENCES[0], 0)
+    assert any("1 of 2 turns are silent" in line for line in sc.warnings_of([system], []))
     (folder / sc.RESULT).write_text("{")
     with pytest.raises(ValueError, match="not what demo"):
         sc.read_system("spoken", tmp_path / "batch")
+
+
+def test_files_with_texts_beside_them_pair_whatever_their_suffix(tmp_path):
+    for name, suffix in (("one", ".wav"), ("other", ".flac")):
+        (tmp_path / name).mkdir()
+        for stem, text in (("a", f"{SENTENCES[0]}\n"), ("b", "\n")):
+            (tmp_path / name / f"{stem}{suffix}").write_bytes(encode_pcm16(speech(0), SAMPLE_RATE, suffix[1:].upper()))
+            (tmp_path / name / f"{stem}.txt").write_text(text)
+    one, other = (sc.read_system(name, tmp_path / name) for name in ("one", "other"))
+    assert one.conversations.keys() == other.conversations.keys() == {"a"}
+    assert one.conversations["a"][0].text == SENTENCES[0]
+    assert sc.aligned(one.conversations["a"], other.conversations["a"])
+    assert one.refused == other.refused == ["b: no transcript"]
+
+
+def system_of(name: str, **conversations: list[np.ndarray]) -> sc.System:
+    turns = {key: [Turn("a", SENTENCES[0], x, None) for x in waves] for key, waves in conversations.items()}
+    return sc.System(name, turns, [])
+
+
+def test_values_are_kept_by_all_that_they_depend_on(tmp_path, monkeypatch):
+    def at_once(work, jobs, workers, start, given, title):
+        start(*given)
+        yield from ((number, work(*job)) for number, job in enumerate(jobs))
+
+    def values(*systems: sc.System) -> dict:
+        return sc.measure_systems(systems, set(MEASURES) - {"pitch_contour"}, Ears(), 1, tmp_path)["our"]
+
+    def kept() -> int:
+        return len((tmp_path / sc.MEASURED).read_text().splitlines())
+
+    monkeypatch.setattr(sc, "in_processes", at_once)
+    real, our = system_of("real", talk=[speech(0)]), system_of("our", talk=[other_speaker(0)])
+    misnamed = system_of("our", other=[other_speaker(0)])
+    assert values(real, misnamed)["other"]["pitch_contour"][0] is None
+    assert values(real, our)["talk"]["pitch_contour"][0] is not None
+    with monkeypatch.context() as nothing_new:
+        nothing_new.setattr(Human, "of", lambda conversations: pytest.fail("nothing is new"))
+        assert values(real, our)["talk"]["pitch_contour"][0] is not None and kept() == 3
+    renamed = system_of("real", other=[speech(0)])
+    assert values(renamed, misnamed)["other"]["pitch_contour"][0] is not None
+    before = kept()
+    monkeypatch.setattr(sc, "VERSION", "another")
+    values(real, our)
+    assert kept() == before + 2
+
+
+def test_what_a_silent_system_leaves_out_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setitem(sc._WORKER, "human", Human({}, {}))
+    monkeypatch.setitem(sc._WORKER, "ears", Ears())
+    mute = system_of("mute", talk=[speech(0)[:0], speech(0)])
+    measured = {"mute": {"talk": sc.measure_in_worker("talk", mute.conversations["talk"], None, ["pitch_spread"])}}
+    figures = sc.figures_of(measured, seed=0)
+    assert figures["pitch_spread"]["mute"].excluded == {"turn left out: the clip is silent": 1}
+    assert "n=1 without 1 turn(s)" in sc.rows_of(figures, [])[0][1]
+
+
+def test_an_empty_turn_can_be_drawn_and_played(tmp_path):
+    mute, real = system_of("mute", talk=[speech(0)[:0]] * 2), system_of("real", talk=[speech(0)] * 2)
+    sc.draw_comparison(tmp_path, [mute], {})
+    sc.players(tmp_path, [mute])
+    assert len(read_audio(tmp_path / "audio" / "0-0.wav"))
+    assert sc.write_listening_page(tmp_path, mute, real, 2, seed=0) == 3
+
+
+def test_answers_count_for_the_comparison_they_were_given_in(tmp_path):
+    def items(one: sc.System, other: sc.System) -> set[str]:
+        sc.write_listening_page(tmp_path, one, other, 2, seed=0)
+        return set(json.loads((tmp_path / sc.KEY).read_text())["items"])
+
+    a, b = system_of("a", talk=[speech(0)] * 2), system_of("b", talk=[speech(1)] * 2)
+    assert items(a, b) == items(a, b)
+    assert not items(a, b) & items(a, system_of("c", talk=[speech(1)] * 2))
+    assert not items(a, b) & items(a, system_of("b", talk=[speech(2)] * 2))
+
+
+def test_the_same_texts_are_found_without_the_normaliser(monkeypatch):
+    def absent(text: str) -> str:
+        raise ModuleNotFoundError("whisper_normalizer")
+
+    monkeypatch.setattr(sc, "normalise", absent)
+    turns = [Turn("a", text, speech(0), None) for text in ("Well, yes!", "well yes", "No.")]
+    assert sc.aligned(turns[:1], turns[1:2]) and not sc.aligned(turns[:1], turns[2:])
+
+
+def test_one_system_alone_is_warned_of_its_own_conversations():
+    assert any("rest on 1 conversations" in line for line in sc.warnings_of([system_of("a", talk=[speech(0)])], []))
+    many = system_of("a", **{f"talk{i}": [speech(0)] for i in range(sc.FEWEST_CONVERSATIONS)})
+    assert sc.warnings_of([many], []) == []
 
 
 @pytest.mark.parametrize(
