@@ -55,7 +55,7 @@ CONVERSATION_METRICS = {
         unit="dB",
         better="as in human speech",
         definition="Standard deviation of the level of 10 ms hops that are at most 35 dB below the loudest.",
-        reference="7 to 10 in clean speech; noise lowers it",
+        reference="7 to 10 in clean speech; loud noise lowers it",
         source="root mean square",
     ),
     "rate": Metric(
