@@ -6,7 +6,7 @@ The backbone reads each conversation by itself. A conversation says what it woul
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 
 import numpy as np
 import torch
@@ -40,13 +40,14 @@ class Together:
         if (steps := self.steps.pop(name, None)) is not None:
             steps.close()
 
-    def round(self) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
-        """One pass for all: yields (name, samples) that are new, (name, None) of those that are done.
+    def round(self, resting: Collection[Hashable] = ()) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
+        """One pass for all but the `resting`: yields (name, samples) that are new, (name, None) of those that are done.
 
         The error of one, (name, error), ends that one only.
         """
-        codes = self._draw()
-        for name in list(self.steps):
+        names = [name for name in self.steps if name not in resting]
+        codes = self._draw({name: self.waiting.pop(name) for name in names if name in self.waiting})
+        for name in names:
             try:
                 found = self.steps[name].send(codes.get(name))
                 while not isinstance(found, Wanted):
@@ -63,14 +64,14 @@ class Together:
                 self.stop(name)
                 yield name, error
 
-    def _draw(self) -> dict[Hashable, Tensor]:
-        """The codes that are waited for: together those that begin and end with the same codebook."""
+    def _draw(self, asked: dict[Hashable, Wanted]) -> dict[Hashable, Tensor]:
+        """The codes that are asked for: together those that begin and end with the same codebook."""
         groups: dict[tuple[int, int], list[Hashable]] = {}
-        for name, wanted in self.waiting.items():
+        for name, wanted in asked.items():
             groups.setdefault((wanted.codes.size(1), wanted.stop), []).append(name)
         drawn = {}
         for (known, stop), names in groups.items():
-            wanted = [self.waiting[name] for name in names]
+            wanted = [asked[name] for name in names]
             sizes = [len(each.codes) for each in wanted]
             codes = torch.cat([each.codes for each in wanted])
             if known < stop:
@@ -84,7 +85,6 @@ class Together:
                 with torch.inference_mode():
                     codes = speakers[0].inference.depth.continue_frames(hidden, codes, stop, choose)
             drawn |= dict(zip(names, codes.split(sizes), strict=True))
-        self.waiting.clear()
         return drawn
 
     def __len__(self) -> int:

@@ -51,6 +51,7 @@ MOST_INPUT = 4096  # characters, as OpenAI's
 MOST_BYTES = 10 * 2**20  # of a body
 MOST_SECONDS = 60  # of a file to be heard, and its samples in all channels: silence is packed a thousandfold
 MOST_SAMPLES = MOST_SECONDS * 2 * 96_000
+MOST_AHEAD = 1.0  # s of sound that a listener has not heard yet
 MOST_TALKS = 8  # conversations kept, each with its keys and values; the silent one longest unused is forgotten
 MOST_VOICES = 50
 NO_VOICE = "none"  # the name of whatever voice the model draws
@@ -104,16 +105,28 @@ class Busy(RuntimeError):
 
 
 class Job:
-    """A text being spoken for a request: samples arrive in `chunks`, then None or an error."""
+    """A text being spoken for a request: samples arrive in `chunks`, then None or an error.
 
-    def __init__(self, talk: Callable[[], Conversation], speaker: int, texts: list[str | None]):
+    A `live` one is drawn little faster than it can be heard, so that who stops it keeps no more than was heard.
+    """
+
+    def __init__(self, talk: Callable[[], Conversation], speaker: int, texts: list[str | None], live: bool = False):
         self.talk, self.speaker, self.texts = talk, speaker, collections.deque(texts)
         self.loop = asyncio.get_running_loop()
         self.chunks: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue()
         self.cancelled = False
         self.conversation: Conversation | None = None
+        self.live, self.first_at, self.seconds = live, 0.0, 0.0  # when the first samples left, and how much there was
+
+    @property
+    def early(self) -> bool:
+        """Whether it is further than somebody who listens to it."""
+        return self.live and self.seconds > MOST_AHEAD + time.monotonic() - self.first_at
 
     def put(self, found: np.ndarray | Exception | None) -> None:
+        if isinstance(found, np.ndarray):
+            self.first_at = self.first_at or time.monotonic()
+            self.seconds += len(found) / SAMPLE_RATE
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self.loop.call_soon_threadsafe(self.chunks.put_nowait, found)
 
@@ -174,7 +187,10 @@ class Studio:
             self.answer(*self.calls.popleft())
         while self.waiting and len(self.live) < self.speaking:
             self.start(self.waiting.popleft())
-        for job, found in self.together.round():
+        resting = [job for job in self.live if job.early]
+        if resting and len(resting) == len(self.live):
+            self.woken.wait(0.02)
+        for job, found in self.together.round(resting):
             if isinstance(found, np.ndarray):
                 job.put(found)
             elif found is None and job.texts and not job.cancelled:
@@ -387,7 +403,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         def talk() -> Conversation:
             return talks.with_voice(talks.get(name, studio.live), wanted.speaker, wanted.voice)
 
-        job = Job(talk, wanted.speaker, texts)
+        job = Job(talk, wanted.speaker, texts, live=True)
         studio.submit(job)
         return await streamed(job, "pcm")
 

@@ -89,6 +89,23 @@ def test_others_may_join_and_leave_at_any_time(tokenizer):
     assert len(at_once[2].speak(0, "Go on.").codes)
 
 
+def test_who_rests_says_the_same_later(tokenizer):
+    inference = InferenceModel(full_model())
+    alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
+    replies = [talk.speak(0, TEXTS[1]) for talk in alone]
+    together, chunks, random = Together(), {}, np.random.default_rng(0)
+    for name, talk in enumerate(at_once):
+        together.begin(name, talk, 0, TEXTS[1])
+    while len(together):
+        resting = [name for name in range(len(at_once)) if random.random() < 0.5]
+        for name, found in together.round(resting):
+            assert name not in resting
+            chunks.setdefault(name, []).append(found)
+    for name, reply in enumerate(replies):
+        assert chunks[name].pop() is None
+        assert np.allclose(np.concatenate(chunks[name]), reply.samples, atol=1e-4)
+
+
 def test_who_reads_may_stop_a_speaker(tokenizer):
     inference = InferenceModel(tiny_model())
     together, (talk, *_) = Together(), talks(inference, tokenizer)

@@ -289,9 +289,9 @@ def test_who_hangs_up_is_spoken_to_no_longer(server, container):
 def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(server, monkeypatch):
     draw, speakers = server.studio.together._draw, 2
 
-    def fail():
+    def fail(asked):
         if len(server.studio.live) < speakers:
-            return draw()
+            return draw(asked)
         monkeypatch.undo()
         raise MemoryError("no room")
 
@@ -326,11 +326,20 @@ def test_who_interrupts_may_speak_at_once(server):
             assert next_one.result()[0] == 200
 
 
+def test_a_turn_of_a_conversation_is_drawn_no_faster_than_it_is_heard(server, monkeypatch):
+    monkeypatch.setattr(speech_server, "MOST_AHEAD", 0.3)
+    began = time.monotonic()
+    status, sound = server.ask("POST", "/talk/slow/say", {"text": LONG * 2})
+    assert status == 200 and server.idle()
+    seconds = len(sound) / 2 / SAMPLE_RATE
+    assert seconds > 1 and time.monotonic() - began > seconds - 0.3 - 0.2
+
+
 def test_calls_come_one_at_a_round_and_too_many_are_told_to_come_back(engine):
     with contextlib.closing(Running(engine, {}, waiting=2)) as running:
         free, rounds, seen = threading.Event(), [], []
         studio, usual = running.studio, running.studio.together.round
-        studio.together.round = lambda: rounds.append(1) or usual()
+        studio.together.round = lambda resting: rounds.append(1) or usual(resting)
         futures = [concurrent.futures.Future() for _ in range(3)]
         studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
         studio.woken.set()

@@ -113,7 +113,7 @@ def say(page: Browser, text: str) -> None:
 def test_what_is_typed_is_spoken_drawn_and_described(page, tmp_path):
     page.until("document.querySelectorAll('#voice option').length > 0")
     say(page, "Good morning, everybody.")
-    note = page.until("document.querySelector('.turn small')?.textContent.includes('real-time') && "
+    note = page.until("document.querySelector('.turn small')?.textContent.includes('first audio') && "
                       "document.querySelector('.turn small').textContent")  # fmt: skip
     assert note.startswith("speaker 0, 0.") and "first audio" in note
     page.until("!document.getElementById('reply').hidden && !document.getElementById('reply').disabled")
@@ -136,7 +136,7 @@ def test_what_is_refused_is_shown_and_the_page_goes_on(page):
     page.until("document.querySelector('.turn.error small')?.textContent.length > 0")
     assert not page.value("document.querySelectorAll('#turns b').length")
     say(page, "Hello.")
-    page.until("[...document.querySelectorAll('.turn small')].some((n) => n.textContent.includes('real-time'))")
+    page.until("[...document.querySelectorAll('.turn small')].some((n) => n.textContent.includes('first audio'))")
 
 
 def answer(page: Browser, seconds: float, words: str = "Hi.") -> None:
@@ -149,7 +149,7 @@ def answer(page: Browser, seconds: float, words: str = "Hi.") -> None:
 
 
 IDLE = "document.getElementById('stop').hidden && !document.getElementById('say').disabled"
-NOTED = "[...document.querySelectorAll('.turn small')].at(-1)?.textContent.includes('real-time')"
+NOTED = "[...document.querySelectorAll('.turn small')].at(-1)?.textContent.includes('first audio')"
 
 
 def test_a_reply_may_be_stopped_while_it_plays_and_nothing_is_said_over_it(page):
