@@ -175,8 +175,8 @@ class Studio:
             try:
                 self.round()
             except Exception as error:  # nobody's own, as of the pass that all share
-                for job in list(self.live):
-                    self.end(job, error)
+                for job in list(self.live):  # each is given one of its own: two requests must not raise the same
+                    self.end(job, RuntimeError(f"{type(error).__name__}: {error}"))
         for job in list(self.live):
             self.end(job, None)
 

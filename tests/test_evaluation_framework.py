@@ -22,6 +22,7 @@ from conftest import full_model, tiny_model, tiny_tokenizer, turn_record
 from spoken_clips import SENTENCES, other_speaker, speech
 
 import evaluation_framework
+import heard_conversations
 from architecture import save_model
 from audio import SAMPLE_RATE, read_audio, resample
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_MISSING, only_run_in, run
@@ -200,8 +201,8 @@ def test_other_data_another_tokenizer_or_a_new_package_measure_the_model_anew(
 
 def test_validation_loads_no_model_that_it_does_not_ask(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(evaluation_framework, "EmotionRecognizer", None)
-    monkeypatch.setattr(evaluation_framework, "Squim", None)
+    monkeypatch.setattr(heard_conversations, "EmotionRecognizer", None)
+    monkeypatch.setattr(heard_conversations, "Squim", None)
     monkeypatch.setattr(evaluation_framework, "conversations_of", lambda *_: {})
     monkeypatch.setattr(evaluation_framework, "measure_all", lambda *args: given.extend(args) or [])
     monkeypatch.setattr(evaluation_framework, "draw_verdicts", lambda *_: None)
