@@ -129,8 +129,7 @@ def speaker_gate(figures: dict[str, dict[str, Figure]], same_speaker: float | No
     how = "cosine of speaker embeddings, mean; wanted: median of two originals of a speaker; n: clips"
     if "speaker_similarity" in missing:
         return needs(name, missing["speaker_similarity"], how, ">=")
-    none = Figure(value=None, low=None, high=None, n=0, conversations=0, excluded={})
-    found = figures.get("speaker_similarity", {}).get(f"{FULL} to its original", none)
+    found = figures.get("speaker_similarity", {}).get(f"{FULL} to its original", bootstrap([]))
     return from_figure(name, found, how, ">=", same_speaker)
 
 
@@ -141,7 +140,7 @@ def word_gates(figures: dict[str, dict[str, Figure]], n_semantic: int, missing: 
     if "wer" in missing:
         return [needs(name, missing["wer"], how) for name in names]
     wer = figures.get("wer", {})
-    none = Figure(value=None, low=None, high=None, n=0, conversations=0, excluded={})
+    none = bootstrap([])
     full, alone = wer.get(FULL, none), wer.get(SEMANTIC, none)
     change = figures.get("wer_change", {}).get(FULL, none)
     limit = None if full.value is None else 1.5 * full.value

@@ -182,16 +182,18 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
 
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:
     """Start, resume or skip the run in `out`; the exit code."""
-    config = as_measured(config, read_settings(out))
+    previous = read_settings(out)
+    config = as_measured(config, previous)
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if (out / RESULTS).is_file():
-        refuse_other_settings(out, {k: v for k, v in fixed.items() if k in read_settings(out)})
+        refuse_other_settings(out, {k: v for k, v in fixed.items() if k in (previous or {})})
         if ranks.first:
             print(f"{out} holds a tokenizer trained for all {config.max_steps} steps; nothing to do")
             report(out)
         return EXIT_DONE
     crops, held_out, utterances = load_audio(data, config.seed)
-    refuse_other_settings(out, {**fixed, "data": data_digest(data)})
+    digest = data_digest(data)
+    refuse_other_settings(out, {**fixed, "data": digest})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
         folder = data / "teacher"
@@ -216,7 +218,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
         f"{ranks.n} process(es) of {threads} thread(s), {device}, from step {run.step} of {config.max_steps}"
     )
-    log = RunLog(out, {**dataclasses.asdict(run.config), "data": data_digest(data)}, run.step)
+    log = RunLog(out, {**dataclasses.asdict(run.config), "data": digest}, run.step)
     with contextlib.closing(log), StopSignals() as stop:
         stopped = train(run, log, lambda: save_state(out, run.step, run.state()), stop)
     if stopped and run.step < config.max_steps:
