@@ -120,8 +120,11 @@ class Job:
 
     @property
     def early(self) -> bool:
-        """Whether it is further than somebody who listens to it."""
-        return self.live and self.seconds > MOST_AHEAD + time.monotonic() - self.first_at
+        """Whether its next batch of frames would put it too far before somebody who listens to it."""
+        if not self.live or not self.seconds:
+            return False
+        batch = self.conversation.acoustic_batch / FRAME_RATE
+        return self.seconds + batch > MOST_AHEAD + time.monotonic() - self.first_at
 
     def put(self, found: np.ndarray | Exception | None) -> None:
         if isinstance(found, np.ndarray):
