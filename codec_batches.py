@@ -22,6 +22,7 @@ WARP = 0.3  # logarithm of the largest factor by which the content branch hears 
 TILT_DB = 3.0  # per octave; most by which it hears a voice brighter or duller
 BUMP_DB = 10.0  # most of the resonance that it hears added or taken away
 BUMP_HZ = (500.0, 4000.0)  # its centre
+NO_PHONE = -1
 MASKED = 0.2  # share of an utterance's frames that are silenced, in spans
 SPAN_FRAMES = 2
 
@@ -109,13 +110,24 @@ def can_be_aligned(characters: np.ndarray, n_frames: float) -> bool:
     return 0 < len(characters) <= SPREAD * n_frames - repeats
 
 
+def phone_ids(alignment: Iterable[tuple[float, float, str]], n_frames: int, phones: Sequence[str]) -> np.ndarray:
+    """(SPREAD * T,) which phone sounds in the middle of every sub-frame; NO_PHONE where the alignment has none."""
+    ids = np.full(SPREAD * n_frames, NO_PHONE)
+    middle = (np.arange(len(ids)) + 0.5) * FRAME_SAMPLES / SPREAD / SAMPLE_RATE
+    for begin, end, phone in alignment:
+        ids[(begin <= middle) & (middle < end)] = phones.index(phone)
+    return ids
+
+
 class Transcribed(NamedTuple):
     """An utterance for the heads."""
 
     pcm: np.ndarray  # (N,) int16
     characters: np.ndarray  # (U,) ids from 1; 0 is CTC's blank
     speaker: int
+    clip: int  # which one of those given
     features: np.ndarray | None = None  # (T, D) of a teacher
+    phones: np.ndarray | None = None  # (SPREAD * T,) ids from 0 of an alignment, NO_PHONE where it says nothing
 
 
 class SemanticBatch(NamedTuple):
@@ -125,6 +137,7 @@ class SemanticBatch(NamedTuple):
     n_characters: Tensor  # (B,)
     speakers: Tensor  # (B,)
     features: Tensor  # (B, T, D) of a teacher; D = 0 without one
+    phones: Tensor  # (B, SPREAD * T) ids from 0, NO_PHONE where none is known
 
     def live(self, n_frames: int) -> Tensor:
         """(B, T) whether a frame is one of its utterance."""
@@ -139,12 +152,13 @@ class Utterances:
         out; `alphabet` holds the letters that occur."""
         self.alphabet = letters_of(text for _, text, _ in clips)
         self.speakers = sorted({speaker for speaker, _, _ in clips})
+        self.phones: list[str] = []  # those that occur, once there is an alignment
         self.items: list[Transcribed] = []
-        for speaker, text, samples in clips:
+        for number, (speaker, text, samples) in enumerate(clips):
             letters = character_ids(text, self.alphabet)
             fits = can_be_aligned(letters, len(samples) / FRAME_SAMPLES / SPEEDS[1])
             if fits and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
-                self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker)))
+                self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker), number))
 
     @property
     def feature_width(self) -> int:
@@ -155,6 +169,14 @@ class Utterances:
         """(T, D) of a teacher for every item."""
         self.items = [item._replace(features=each) for item, each in zip(self.items, features, strict=True)]
 
+    def add_phones(self, alignments: Sequence[Sequence[tuple[float, float, str]]]) -> None:
+        """(begin, end, phone) in seconds of every item; an empty alignment says nothing."""
+        self.phones = sorted({phone for alignment in alignments for _, _, phone in alignment})
+        self.items = [
+            item._replace(phones=phone_ids(alignment, -(-len(item.pcm) // FRAME_SAMPLES), self.phones))
+            for item, alignment in zip(self.items, alignments, strict=True)
+        ]
+
     def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> SemanticBatch:
         """Random utterances, half of them at another speed, a fifth of their frames silent; `part` of them."""
         random = np.random.default_rng([seed, step, 2])
@@ -163,12 +185,14 @@ class Utterances:
         own = [np.random.default_rng([seed, step, 2, place]) for place in places]  # so that parts need no others
         chosen = [self.items[chosen[place]] for place in places]
         varied = [_varied(item, random) for item, random in zip(chosen, own, strict=True)]
-        n_frames = np.array([-(-len(wave) // FRAME_SAMPLES) for wave, _ in varied])
+        n_frames = np.array([-(-len(wave) // FRAME_SAMPLES) for wave, _, _ in varied])
         padded = np.zeros((len(varied), n_frames.max() * FRAME_SAMPLES), dtype=np.float32)
         features = np.zeros((len(varied), n_frames.max(), self.feature_width), dtype=np.float32)
-        for i, (wave, told) in enumerate(varied):
+        phones = np.full((len(varied), SPREAD * n_frames.max()), NO_PHONE)
+        for i, (wave, told, said) in enumerate(varied):
             padded[i, : len(wave)] = wave
             features[i, : len(told)] = told
+            phones[i, : len(said)] = said
         return SemanticBatch(
             torch.from_numpy(padded).clamp(-1, 1),
             torch.from_numpy(n_frames),
@@ -176,21 +200,27 @@ class Utterances:
             torch.tensor([len(item.characters) for item in chosen]),
             torch.tensor([item.speaker for item in chosen]),
             torch.from_numpy(features),
+            torch.from_numpy(phones),
         )
 
 
-def _varied(item: Transcribed, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (N,) at another speed, level and with gaps, and the teacher's features (T, D) of the same moments."""
+def _varied(item: Transcribed, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples (N,) at another speed, level and with gaps, and of the same moments the teacher's features (T, D) and
+    the phones (SPREAD * T,)."""
     speed = random.uniform(*SPEEDS) if random.random() < 0.5 else 1.0
     samples = item.pcm / np.float32(32768)
     places = np.arange(0, len(samples) - 1, speed)
     wave = np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
     wave = _masked(wave, random) * np.float32(10 ** (random.uniform(-8, 2) / 20))
     n_frames = -(-len(wave) // FRAME_SAMPLES)
-    if item.features is None:
-        return wave, np.zeros((n_frames, 0), dtype=np.float32)
-    frames = np.minimum(np.round(speed * np.arange(n_frames)).astype(int), len(item.features) - 1)
-    return wave, item.features[frames].astype(np.float32)
+    features, phones = np.zeros((n_frames, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
+    if item.features is not None:
+        frames = np.minimum(np.round(speed * np.arange(n_frames)).astype(int), len(item.features) - 1)
+        features = item.features[frames].astype(np.float32)
+    if item.phones is not None:
+        middle = (speed * (np.arange(SPREAD * n_frames) + 0.5)).astype(int)
+        phones = item.phones[np.minimum(middle, len(item.phones) - 1)]
+    return wave, features, phones
 
 
 def _masked(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:

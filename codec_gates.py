@@ -30,6 +30,7 @@ from audio import FRAME_SAMPLES, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
 from codec_probes import Coded, Gate, character_gates, from_figure, needs, speaker_gates
 from evaluation_report import FULL, ORIGINAL, SEMANTIC, plot_depth, plot_use
+from rvq_tokenizer import RVQTokenizer
 from speech_metrics import (
     METRICS,
     Figure,
@@ -272,6 +273,27 @@ def stream_gates(clips: Sequence[Coded], tokenizer: AudioTokenizer, seed: int) -
     ]
 
 
+@torch.inference_mode()
+def round_trip_gates(clips: Sequence[Coded], tokenizer: AudioTokenizer) -> list[Gate]:
+    """The decoder is trained on sums of the chosen codes' vectors; codes looked up again give the same sound.
+
+    Only where the latents can be had without their codes.
+    """
+    if not isinstance(tokenizer, RVQTokenizer):
+        return []
+    differences, shape = [], tokenizer.config
+    for clip in tqdm(clips[:STREAMED_CLIPS], desc="codes there and back", unit="clip"):
+        wave = torch.from_numpy(np.ascontiguousarray(clip.samples))[None].to(tokenizer.device)
+        wave = F.pad(wave, (0, -wave.size(1) % FRAME_SAMPLES))
+        content, acoustic = tokenizer.latents(wave)
+        codes = torch.cat([tokenizer.semantic.encode(content), tokenizer.acoustic.encode(acoustic)], dim=2)
+        depths = (torch.tensor([n], device=wave.device) for n in (shape.n_semantic, shape.n_acoustic_codebooks))
+        differences.append(largest_difference(tokenizer.decode(codes), tokenizer.decode_frozen(wave, *depths)))
+    how = "largest difference of a sample, decoded from codes and from the latents after quantisation; n: clips"
+    bound = {"sense": "<=", "threshold": 1e-4, "n": len(differences), "how": how}
+    return [Gate(name="codes there and back", value=max(differences), **bound)]
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -346,6 +368,7 @@ def check_gates(
         *speaker_gates(fit, held_out, S, V, seed),
         *swap_gates(clips, held_out, tokenizer, recognizer, encoder, missing, seed),
         *stream_gates(clips, tokenizer, seed),
+        *round_trip_gates(clips, tokenizer),
         *speed_gates(clips, tokenizer),
     ]
 

@@ -57,6 +57,7 @@ class TrainConfig:
     alike_weight: float = 0.0
     teacher: str = ""
     teacher_weight: float = 1.0
+    phone_weight: float = 0.0
     content_gradient: float = 1.0
     warped: float = 0.0
     hearing: float = 1.0
@@ -75,6 +76,8 @@ class TrainConfig:
             raise ValueError(f"discriminators={self.discriminators} is not one of {', '.join(DISCRIMINATORS)}")
         if self.teacher and (self.teacher not in TEACHERS or not self.ctc_weight):
             raise ValueError(f"teacher={self.teacher} is none of {', '.join(TEACHERS)}, or ctc_weight is 0")
+        if self.phone_weight and not self.ctc_weight:
+            raise ValueError(f"phone_weight={self.phone_weight} needs a ctc_weight above 0")
         if self.alike_weight and not (self.ctc_weight and self.warped):
             raise ValueError(f"alike_weight={self.alike_weight} needs a ctc_weight and a warped above 0")
         if self.precision not in ("auto", "fp32", "bf16"):
@@ -89,7 +92,15 @@ class TrainConfig:
         for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        weights = ("ctc_weight", "speaker_weight", "alike_weight", "teacher_weight", "hearing", "adversarial")
+        weights = (
+            "ctc_weight",
+            "speaker_weight",
+            "alike_weight",
+            "teacher_weight",
+            "phone_weight",
+            "hearing",
+            "adversarial",
+        )
         for name in (*weights, "content_gradient", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -128,6 +139,7 @@ HELP = {
     "alike_weight": "of what two disguises of an utterance must have in common; used with ctc_weight and warped",
     "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; used with ctc_weight",
     "teacher_weight": "of 1 - cosine to the teacher's features",
+    "phone_weight": "of the phones that the semantic codebooks must tell, aligned in DATA/phones; used with ctc_weight",
     "content_gradient": "factor of the reconstruction's gradient into the content branch",
     "warped": "share of the crops whose content branch hears another voice: frequencies moved, bands louder or softer",
     "hearing": "of what a listener would notice (PESQ, STOI), beside the spectral distances, in stage C; 0 = none",
@@ -236,7 +248,7 @@ def build_run(
     if config.ctc_weight:
         if utterances is None or not utterances.items:
             raise ValueError("ctc_weight: no training clip has a text that fits its length; collect some, or give 0")
-        sizes = (len(utterances.alphabet), len(utterances.speakers), utterances.feature_width)
+        sizes = (len(utterances.alphabet), len(utterances.speakers), utterances.feature_width, len(utterances.phones))
         heads = SemanticHeads(model.config.codebook_dim, *sizes).to(device)
     if config.adversarial:
         discriminators = Discriminators(DISCRIMINATORS[config.discriminators]).to(device)
@@ -352,6 +364,7 @@ def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
         nats = run.heads(latents.float(), batch)
     hidden = c.speaker_weight * run.step / c.first_decoder_step
     loss = c.ctc_weight * nats.characters + nats.speaker + hidden * nats.confusion + c.teacher_weight * nats.teacher
+    loss = loss + c.phone_weight * nats.phones
     return {"loss": loss + c.alike_weight * alike, **nats._asdict(), "alike": alike}
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codec_batches import SPREAD, SemanticBatch
+from codec_batches import NO_PHONE, SPREAD, SemanticBatch
 from rvq_tokenizer import KERNEL, ConvNeXtBlock
 
 READER_BLOCKS = 3
@@ -26,6 +26,7 @@ class SemanticNats(NamedTuple):
     speaker: Tensor  # () nats; teaches the head alone
     confusion: Tensor  # () nats of that head from knowing nothing; teaches the latents alone
     teacher: Tensor  # () 1 - cosine to the teacher's features, mean over the frames; 0 without a teacher
+    phones: Tensor  # () nats per sub-frame whose phone is known, mean over the utterances; 0 without an alignment
 
 
 class Reader(nn.Module):
@@ -54,13 +55,22 @@ class Reader(nn.Module):
 
 
 class SemanticHeads(nn.Module):
-    """Characters, speaker and a teacher's features from the quantised semantic latents; thrown away after training."""
+    """Characters, speaker, a teacher's features and phones from the quantised semantic latents."""
 
-    def __init__(self, dim: int, n_characters: int, n_speakers: int, feature_width: int = 0, width: int = 192):
+    def __init__(
+        self,
+        dim: int,
+        n_characters: int,
+        n_speakers: int,
+        feature_width: int = 0,
+        n_phones: int = 0,
+        width: int = 192,
+    ):
         super().__init__()
         self.reader = Reader(dim, n_characters, width)
         self.speaker_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, n_speakers))
         self.teacher_head = nn.Linear(dim, feature_width) if feature_width else None
+        self.phone_head = nn.Linear(dim, SPREAD * n_phones) if n_phones else None
 
     def forward(self, latents: Tensor, batch: SemanticBatch) -> SemanticNats:
         """(B, T, D) of whole utterances."""
@@ -70,6 +80,7 @@ class SemanticHeads(nn.Module):
             F.cross_entropy(self.speakers_of(latents.detach(), live), batch.speakers),
             self.confusion(latents, live),
             self.teacher_distance(latents, batch.features, live),
+            self.phone_nats(latents, batch.phones),
         )
 
     def speakers_of(self, latents: Tensor, live: Tensor, frozen: bool = False) -> Tensor:
@@ -95,6 +106,18 @@ class SemanticHeads(nn.Module):
             return latents.new_zeros(())
         cosine = F.cosine_similarity(self.teacher_head(latents).float(), features, dim=2)  # (B, T)
         return (((1 - cosine) * live).sum(dim=1) / live.sum(dim=1)).mean()
+
+    def phone_nats(self, latents: Tensor, phones: Tensor) -> Tensor:
+        """(B, T, D) and the phones (B, SPREAD * T), NO_PHONE where none is known -> ().
+
+        A frame lasts longer than most phones, so every sub-frame is asked for its own, of its frame alone: beside the
+        characters, whose order is asked for and not their time (PAST, arXiv 2505.14470, has both).
+        """
+        if self.phone_head is None:
+            return latents.new_zeros(())
+        scores = self.phone_head(latents).float().unflatten(2, (SPREAD, -1)).flatten(1, 2)  # (B, SPREAD * T, phones)
+        nats = F.cross_entropy(scores.transpose(1, 2), phones, ignore_index=NO_PHONE, reduction="none")
+        return (nats.sum(dim=1) / (phones != NO_PHONE).sum(dim=1).clamp(min=1)).mean()
 
 
 def disagreement(one: Tensor, other: Tensor, live: Tensor) -> Tensor:

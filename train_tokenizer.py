@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,13 @@ from codec_training import (
 )
 from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
 from conversations import load_clips
+from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device
 from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import save_tokenizer
 from semantic_teacher import teacher_features
-from turn_shards import data_digest
+from turn_shards import TurnRecord, data_digest
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
 MIN_SECONDS = 30  # of training audio
@@ -165,11 +166,13 @@ def report(out: Path) -> None:
     print(f"tokenizer in {out}, samples to hear in {out / 'samples'}, TensorBoard log in {out / 'tensorboard'}")
 
 
-def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
-    """Training crops, held-out clips and training utterances. ValueError if there is too little."""
+def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, list[TurnRecord]]:
+    """Training crops, held-out clips, training utterances, and the turns of the training clips.
+
+    ValueError if there is too little.
+    """
     remedy = f"collect more: python collect_data.py --sources synthetic --target_hours 0.5 --out {data}"
-    transcribed = [(turn.speaker_id, turn.text, samples) for turn, samples in load_clips(data, "train", seed=seed)]
-    clips = [samples for _, _, samples in transcribed]
+    turns, clips = zip(*load_clips(data, "train", seed=seed), strict=True)
     seconds = sum(map(len, clips)) / SAMPLE_RATE
     if seconds < MIN_SECONDS:
         raise ValueError(f"{data} holds {seconds:.0f} s of training audio, {MIN_SECONDS} s are needed; {remedy}")
@@ -177,7 +180,14 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances]:
     held_out = [torch.from_numpy(samples)[None] for _, samples in chosen if len(samples) >= SAMPLE_RATE // 2]
     if not held_out:
         raise ValueError(f"{data} holds no held-out (val) clip of half a second or more; {remedy}")
-    return Crops(clips), held_out, Utterances(transcribed)
+    transcribed = [(turn.speaker_id, turn.text, clip) for turn, clip in zip(turns, clips, strict=True)]
+    return Crops(clips), held_out, Utterances(transcribed), turns
+
+
+def align(utterances: Utterances, turns: Sequence[TurnRecord], folder: Path) -> None:
+    """Let the utterances know which phone is spoken when."""
+    own = [(turns[item.clip], item.pcm) for item in utterances.items]
+    utterances.add_phones(align_clips([Clip(turn.utt_id, turn.lang, turn.text, pcm) for turn, pcm in own], folder))
 
 
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:
@@ -191,13 +201,15 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
             print(f"{out} holds a tokenizer trained for all {config.max_steps} steps; nothing to do")
             report(out)
         return EXIT_DONE
-    crops, held_out, utterances = load_audio(data, config.seed)
+    crops, held_out, utterances, turns = load_audio(data, config.seed)
     digest = data_digest(data)
     refuse_other_settings(out, {**fixed, "data": digest})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
         folder = data / "teacher"
         utterances.add_features(ranks.first_then_others(lambda: teacher_features(clips, folder, config.teacher)))
+    if config.phone_weight and utterances.items:
+        ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
     run = build_run(config, crops, held_out, device, utterances, ranks)
     precision, threads = fastest(run)
     run.config = dataclasses.replace(config, precision=precision, threads=threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -19,6 +20,7 @@ from codec_gates import (
     codebook_use,
     monotone_gate,
     print_gates,
+    round_trip_gates,
     speaker_gate,
     speed_gates,
     stream_gates,
@@ -255,6 +257,16 @@ def test_a_whole_tokenizer_streams_exactly_and_broken_streams_are_found(tokenize
         assert by_name(stream_gates(made, tokenizer, seed=0))["encoded twice"].value == 0.0
 
 
+def test_codes_give_what_their_latents_gave_and_a_wrong_table_is_found(tokenizer):
+    made = spoken(tokenizer, 2)
+    assert by_name(round_trip_gates(made, tokenizer))["codes there and back"].passed
+    wrong = copy.deepcopy(tokenizer)
+    wrong.lookup = lambda codes: tokenizer.lookup((codes + 1) % V)
+    (gate,) = round_trip_gates(made, wrong)
+    assert gate.passed is False and gate.value > 1e-3
+    assert round_trip_gates(made, MimiTokenizer(tiny_mimi())) == []
+
+
 def test_a_sample_that_is_not_finite_fails():
     wave = torch.zeros(1, 4)
     assert codec_gates.largest_difference(wave, torch.tensor([[0.0, float("nan"), 0.0]])) == codec_gates.NOT_FINITE
@@ -283,7 +295,8 @@ NAMES = {
     "similarity of copies to originals",
     "CER of the probe, semantic less acoustic", "speaker probe, semantic less acoustic",
     "swap, WER to the text of A", "swap, voice to A", "swap, voice to B",
-    "streamed codes", "streamed wave", "encoded twice", "real-time factor, streamed", "real-time factor, decoder",
+    "streamed codes", "streamed wave", "encoded twice", "codes there and back",
+    "real-time factor, streamed", "real-time factor, decoder",
 }  # fmt: skip
 
 

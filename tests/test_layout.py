@@ -28,6 +28,7 @@ LEVELS = (
         "hearing_losses",
         "conversational_memory",
         "mimi_tokenizer",
+        "phone_alignments",
         "semantic_teacher",
         "transformer",
         "turn_shards",

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import voice
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE
-from codec_batches import SPREAD, SemanticBatch, Utterances, draw_prefixes
+from codec_batches import NO_PHONE, SPREAD, SemanticBatch, Utterances, draw_prefixes
 from residual_quantizer import scale_gradient
 from semantic_supervision import SemanticHeads, disagreement
 
@@ -80,7 +81,16 @@ def spoken_letters(n: int, generator: torch.Generator) -> tuple[torch.Tensor, Se
     latents[..., 7] += speakers[:, None]
     frames, characters = torch.full((n,), 15), torch.full((n,), 5)
     wave = torch.zeros(n, 15 * FRAME_SAMPLES)
-    return latents, SemanticBatch(wave, frames, (letters + 1).flatten(), characters, speakers, torch.zeros(n, 15, 0))
+    phones = letters.repeat_interleave(3 * SPREAD, dim=1)
+    phones[:, ::2] = NO_PHONE
+    told = (speakers, torch.zeros(n, 15, 0), phones)
+    return latents, SemanticBatch(wave, frames, (letters + 1).flatten(), characters, *told)
+
+
+def batch_of(batch: SemanticBatch, i: int) -> SemanticBatch:
+    """One utterance of it."""
+    parts = {name: getattr(batch, name)[i : i + 1] for name in batch._fields if name != "characters"}
+    return SemanticBatch(characters=batch.characters.view(-1, 5)[i], **parts)
 
 
 def test_characters_and_speakers_are_learnt_from_latents_that_tell_them():
@@ -89,7 +99,7 @@ def test_characters_and_speakers_are_learnt_from_latents_that_tell_them():
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(400):
-        nats, speaker, confusion, _ = heads(*spoken_letters(16, generator))
+        nats, speaker, *_ = heads(*spoken_letters(16, generator))
         optimizer.zero_grad()
         (nats + speaker).backward()
         optimizer.step()
@@ -128,7 +138,30 @@ def test_padding_frames_do_not_count():
     latents, batch = spoken_letters(2, torch.Generator().manual_seed(0))
     nats = heads(latents, batch)
     padded = torch.cat((latents, 5 * torch.ones(2, 4, 8)), dim=1)
-    torch.testing.assert_close(tuple(heads(padded, batch)), tuple(nats))
+    longer = batch._replace(phones=F.pad(batch.phones, (0, 4 * SPREAD), value=NO_PHONE))
+    torch.testing.assert_close(tuple(heads(padded, longer)), tuple(nats))
+
+
+def test_phones_are_learnt_from_latents_that_tell_them_and_only_where_they_are_known():
+    torch.manual_seed(0)
+    heads = SemanticHeads(8, 4, 2, n_phones=4, width=32)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=3e-2)
+    generator = torch.Generator().manual_seed(0)
+    first = None
+    for _ in range(150):
+        latents, batch = spoken_letters(16, generator)
+        phones = heads(latents, batch).phones
+        first = first or phones.item()
+        optimizer.zero_grad()
+        phones.backward()
+        optimizer.step()
+    assert first > 1 and phones < 0.1
+    assert heads(latents, batch._replace(phones=(batch.phones + 1) % 4)).phones > 2  # another phone is not what is told
+    nothing = batch._replace(phones=torch.full_like(batch.phones, NO_PHONE))
+    assert heads(latents, nothing).phones == 0
+    assert SemanticHeads(8, 4, 2, width=32)(latents, batch).phones == 0
+    alone = [heads(latents[i : i + 1], batch_of(batch, i)).phones for i in range(16)]
+    torch.testing.assert_close(torch.stack(alone).mean(), heads(latents, batch).phones)  # as on several processes
 
 
 def test_disagreement_of_two_disguises():

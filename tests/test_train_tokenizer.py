@@ -33,9 +33,11 @@ from codec_training import (
     train_step,
 )
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
+from phone_alignments import Interval, file_name, write_phones
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
 from train_tokenizer import main
+from turn_shards import read_turns
 
 STEPS = 8
 FLAGS = {"preset": "debug", "max_steps": STEPS, "stage_a": 0.4, "stage_c": 0.0, "batch_size": 2, "crop_frames": 6}
@@ -279,19 +281,35 @@ def test_stopped_run_with_discriminators_goes_on_to_the_same_weights(whole, shar
     assert weights(cut) == weights(through) != weights(whole)
 
 
-SUPERVISED = {"ctc_weight": 1.0, "content_gradient": 0.1, "warped": 1.0, "alike_weight": 1.0}
+SUPERVISED = {"ctc_weight": 1.0, "content_gradient": 0.1, "warped": 1.0, "alike_weight": 1.0, "phone_weight": 0.5}
 
 
-def test_stopped_run_with_semantic_supervision_goes_on_to_the_same_weights(whole, shared_data, tmp_path, monkeypatch):
-    through, cut = tmp_path / "through", tmp_path / "cut"
-    assert run(main, arguments(shared_data, through, **SUPERVISED)) == EXIT_DONE
+@pytest.fixture
+def aligned_data(shared_data, tmp_path) -> Path:
+    """The data with alignments of two phones."""
+    data = tmp_path / "aligned"
+    shutil.copytree(shared_data, data)
+    (data / "phones").mkdir()
+    for turn in read_turns(data, with_audio=False):
+        half = turn.duration_s / 2
+        phones = [Interval(0, half, "AA"), Interval(half, turn.duration_s, "B")]
+        write_phones(data / "phones" / file_name(turn.utt_id), phones, turn.duration_s)
+    return data
+
+
+def test_stopped_run_with_semantic_supervision_goes_on_to_the_same_weights(whole, aligned_data, tmp_path, monkeypatch):
+    through, cut, without = tmp_path / "through", tmp_path / "cut", tmp_path / "without"
+    assert run(main, arguments(aligned_data, through, **SUPERVISED)) == EXIT_DONE
     with monkeypatch.context() as patch:
         signal_at(patch, 4, signal.SIGTERM)
-        assert run(main, arguments(shared_data, cut, **SUPERVISED)) == EXIT_SIGTERM
-    assert run(main, arguments(shared_data, cut, **SUPERVISED)) == EXIT_DONE
+        assert run(main, arguments(aligned_data, cut, **SUPERVISED)) == EXIT_SIGTERM
+    assert run(main, arguments(aligned_data, cut, **SUPERVISED)) == EXIT_DONE
     assert weights(cut) == weights(through) != weights(whole)
-    told = [record["train/characters"] for record in read_metrics(cut) if "train/characters" in record]
-    assert len(told) == STEPS and np.isfinite(told).all()
+    assert run(main, arguments(aligned_data, without, **{**SUPERVISED, "phone_weight": 0.0})) == EXIT_DONE
+    assert weights(without) != weights(cut)
+    for told in ("train/characters", "train/phones"):
+        values = [record[told] for record in read_metrics(cut) if told in record]
+        assert len(values) == STEPS and np.isfinite(values).all() and min(values) > 0
 
 
 def test_semantic_supervision_without_texts_is_refused():
@@ -337,6 +355,7 @@ def test_weight_average_follows_the_weights_and_takes_their_codebooks():
         {"alike_weight": 1.0, "warped": 1.0},
         {"discriminators": "huge"},
         {"teacher": "nobody", "ctc_weight": 1.0},
+        {"phone_weight": 1.0},
         {"stage_a": 0.6, "stage_c": 0.4},
         {"adversarial": 1.0, "stage_c": 0.0},
         {"warped": -0.1},
