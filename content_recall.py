@@ -32,6 +32,7 @@ CONTENT_RECALL = Metric(
     "k exchanges before; conversations of `content_recall.py`.",
     reference="0 without memory or understanding; known answers: 1",
     source="after the recall tasks of long-context benchmarks; sentences of this project",
+    needs=("faster_whisper", "whisper_normalizer"),
 )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from audio import SAMPLE_RATE
-from speech_metrics import Metric, NotMeasurable, require_speech
+from speech_metrics import OF_VOICES, Metric, NotMeasurable, require_speech
 from synthetic_voices import track_f0
 
 HOP_SECONDS = 0.01
@@ -40,6 +40,7 @@ CONVERSATION_METRICS = {
         definition="Median of F0 over voiced frames (Praat's autocorrelation, 60 to 500 Hz).",
         reference="about 2 for men, 12 for women",
         source="Boersma 1993, IFA Proceedings 17; praat-parselmouth",
+        needs=("parselmouth",),
     ),
     "pitch_spread": Metric(
         title="Pitch spread",
@@ -49,6 +50,7 @@ CONVERSATION_METRICS = {
         "taken for their bounds. Deaf to where the pitch moves: see the pitch contour.",
         reference="2 to 4 in conversation, 0 monotone",
         source="as the pitch",
+        needs=("parselmouth",),
     ),
     "level_spread": Metric(
         title="Level spread",
@@ -57,6 +59,7 @@ CONVERSATION_METRICS = {
         definition="Standard deviation of the level of 10 ms hops that are at most 35 dB below the loudest.",
         reference="7 to 10 in clean speech; loud noise lowers it",
         source="root mean square",
+        needs=("parselmouth",),
     ),
     "rate": Metric(
         title="Articulation rate",
@@ -65,6 +68,7 @@ CONVERSATION_METRICS = {
         definition="Letters and digits of the text / seconds of speech, pauses above 0.15 s left out.",
         reference="12 to 17 in English",
         source="count",
+        needs=("parselmouth",),
     ),
     "pause_share": Metric(
         title="Pause share",
@@ -73,6 +77,7 @@ CONVERSATION_METRICS = {
         definition="Silence of at least 0.15 s between the first and the last speech / time between these.",
         reference="0.02 to 0.2 in conversation",
         source="level",
+        needs=("parselmouth",),
     ),
     "pitch_contour": Metric(
         title="Pitch contour",
@@ -82,6 +87,7 @@ CONVERSATION_METRICS = {
         "in both, after dynamic time warping on 20 mel bands. 0 where either is monotone.",
         reference="1 identity, 0 unrelated, -1 turned upside down; two good readings of a text may well differ",
         source="VERSA's F0 correlation, on voiced frames only",
+        needs=("parselmouth", "librosa"),
     ),
     "prosody_distance": Metric(
         title="Distance of the prosody to human speech",
@@ -91,6 +97,7 @@ CONVERSATION_METRICS = {
         "human set; mean over pitch (less the speaker's median), spread of pitch and level, rate and pause share.",
         reference="two halves of the same speech; 1 is a shift by one human standard deviation",
         source="after TTSDS (arXiv 2407.12707), with human units in place of a noise anchor",
+        needs=("parselmouth", "scipy"),
     ),
     "character_run": Metric(
         title="Character consistency",
@@ -99,6 +106,7 @@ CONVERSATION_METRICS = {
         definition="Cosine of a turn's speaker embedding to the mean of that character's turns before it.",
         reference="real turns of the same and of other speakers",
         source="speaker similarity over a conversation",
+        needs=OF_VOICES,
     ),
     "character_half": Metric(
         title="Character, first half against second",
@@ -107,6 +115,7 @@ CONVERSATION_METRICS = {
         definition="Cosine of the mean speaker embeddings of the first and the second half of a character's turns.",
         reference="real conversations",
         source="as character consistency",
+        needs=OF_VOICES,
     ),
     "character_drift": Metric(
         title="Character drift",
@@ -115,6 +124,7 @@ CONVERSATION_METRICS = {
         definition="Slope of the cosine of a character's turns to its first one over the number of the turn.",
         reference="0",
         source="least squares",
+        needs=OF_VOICES,
     ),
     "confusion": Metric(
         title="Speaker confusion",
@@ -124,6 +134,17 @@ CONVERSATION_METRICS = {
         "conversation than to the mean of its own other turns.",
         reference="0.5 when voices are drawn at random",
         source="nearest centroid",
+        needs=OF_VOICES,
+    ),
+    "character_other": Metric(
+        title="Likeness to the other characters",
+        unit="cosine",
+        better="lower; far below the character consistency",
+        definition="Cosine of a turn's speaker embedding to the mean of the turns of each other character of the "
+        "conversation, the nearest one.",
+        reference="what the character consistency is where a voice is lost: real conversations",
+        source="as the confusion",
+        needs=OF_VOICES,
     ),
     "emotional_coherence": Metric(
         title="Emotional coherence",
@@ -134,6 +155,7 @@ CONVERSATION_METRICS = {
         "of pitch, its spread, level, its spread, rate and tilt.",
         reference="1 as the human speaker, 0 unrelated to the context",
         source="acoustic arousal, e.g. Juslin and Laukka 2003, Psychological Bulletin 129(5)",
+        needs=("parselmouth", "scipy"),
     ),
     "style_kept": Metric(
         title="Style kept",
@@ -144,6 +166,7 @@ CONVERSATION_METRICS = {
         "its spread, rate and tilt in human standard deviations). Mean over the turns.",
         reference="0.5 as any turn of anybody; real conversations of the same kind",
         source="after Style Amnesia, arXiv 2512.23578: is an instructed style still there some turns later?",
+        needs=("parselmouth",),
     ),
     "gap": Metric(
         title="Gap between turns",
@@ -161,6 +184,7 @@ CONVERSATION_METRICS = {
         definition="Wasserstein-1 distance between the gaps of two sets of conversations.",
         reference="two halves of the same conversations; sees what the median cannot, e.g. gaps that are all alike",
         source="as the gap",
+        needs=("scipy",),
     ),
     "overlap": Metric(
         title="Overlapping turns",
@@ -168,6 +192,23 @@ CONVERSATION_METRICS = {
         better="as in human speech",
         definition="Share of changes of the speaker with a gap below 0.",
         reference="0.1 to 0.4 in telephone conversation; 0 for half-duplex systems by construction",
+        source="as the gap",
+    ),
+    "turn_seconds": Metric(
+        title="Length of turns",
+        unit="s",
+        better="as in human speech",
+        definition="Median length of the turns; what a speaker says with breaks below 0.2 s is one, where it is known "
+        "when the turns begin.",
+        reference="the human system beside it: it follows from what is said",
+        source="as the gap",
+    ),
+    "backchannels": Metric(
+        title="Backchannels",
+        unit="share of turns",
+        better="as in human speech",
+        definition='Share of the turns that lie wholly within one of somebody else: "mm", "yes".',
+        reference="0 for half-duplex systems by construction",
         source="as the gap",
     ),
 }
@@ -395,13 +436,22 @@ def character(turns: np.ndarray) -> Character:
 def confused(turns: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
     """(n, D) embeddings of a conversation's turns -> (n,) 1 where another character is nearer, nan if it is alone."""
     names = np.array(speakers)
-    found = np.full(len(turns), np.nan)
+    nearest, found = to_others(turns, speakers), np.full(len(turns), np.nan)
     for i, name in enumerate(names):
         own = (names == name) & (np.arange(len(names)) != i)
+        if own.any() and np.isfinite(nearest[i]):
+            found[i] = nearest[i] > turns[i] @ _unit(turns[own].mean(axis=0))
+    return found
+
+
+def to_others(turns: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
+    """(n, D) embeddings of a conversation's turns -> (n,) cosine to the nearest other character, nan if it is alone."""
+    names = np.array(speakers)
+    found = np.full(len(turns), np.nan)
+    for i, name in enumerate(names):
         others = [turns[names == other] for other in sorted(set(names) - {name})]
-        if own.any() and others:
-            nearest = max(turns[i] @ _unit(other.mean(axis=0)) for other in others)
-            found[i] = nearest > turns[i] @ _unit(turns[own].mean(axis=0))
+        if others:
+            found[i] = max(turns[i] @ _unit(other.mean(axis=0)) for other in others)
     return found
 
 
@@ -416,11 +466,24 @@ class Span(NamedTuple):
     end: float
 
 
+def whole_turns(turns: Sequence[Span]) -> list[Span]:
+    """Speaker by speaker, what follows each other within 0.2 s as one."""
+    by_speaker = [[turn for turn in turns if turn.speaker == name] for name in dict.fromkeys(t.speaker for t in turns)]
+    return [turn for own in by_speaker for turn in joined(sorted(own, key=lambda turn: turn.start))]
+
+
 def gaps(turns: Sequence[Span]) -> list[float]:
     """Start - end of the turn before, at every change of the speaker, in s; without turns within another's."""
-    by_speaker = [[turn for turn in turns if turn.speaker == name] for name in dict.fromkeys(t.speaker for t in turns)]
-    whole = [turn for own in by_speaker for turn in joined(sorted(own, key=lambda turn: turn.start))]
-    return [b.start - a.end for a, b in itertools.pairwise(joined(outer(whole))) if a.speaker != b.speaker]
+    in_order = joined(outer(whole_turns(turns)))
+    return [b.start - a.end for a, b in itertools.pairwise(in_order) if a.speaker != b.speaker]
+
+
+def backchannels(turns: Sequence[Span]) -> float:
+    """CONVERSATION_METRICS["backchannels"]. NotMeasurable: one speaker alone."""
+    if len({turn.speaker for turn in turns}) < 2:
+        raise NotMeasurable("nobody else speaks")
+    whole = whole_turns(turns)
+    return 1 - len(outer(whole)) / len(whole)
 
 
 def outer(turns: Sequence[Span]) -> list[Span]:

@@ -49,6 +49,7 @@ from evaluation_report import (
 )
 from generation import SHIPPED, SPEAKING, Reply, Sampling, check_tokenizer, read_speaking
 from heard_conversations import (
+    LEFT_OUT,
     MEASURES,
     METRICS_OF_CONVERSATIONS,
     Ears,
@@ -409,7 +410,10 @@ def hear_conversations(
         for system, found in turns.items():
             heard = Heard(name, found[name], turns[REAL][name], human, Ears())
             for metric in wanted:
-                tally.add(metric, system, name, MEASURES[metric], heard)
+                heard.left_out.clear()
+                if tally.add(metric, system, name, MEASURES[metric], heard):
+                    without = {LEFT_OUT + reason: turns for reason, turns in heard.left_out.items()}
+                    tally.excluded[metric, system].update(without)
 
 
 def compare_replies(

@@ -454,7 +454,7 @@ def page(report: dict, plots: dict[str, str]) -> str:
     ]
     known += [[html.escape(key), tag("code", html.escape(f"{value}"))] for key, value in report["settings"].items()]
     sources = [
-        [html.escape(m.title), html.escape(m.unit), html.escape(m.better), html.escape(m.source)]
+        [html.escape(each) for each in (m.title, m.unit, m.better, m.source, ", ".join(m.needs))]
         for m in (about(report, metric) for metric in report["metrics"])
     ]
     body = (
@@ -473,7 +473,10 @@ def page(report: dict, plots: dict[str, str]) -> str:
         )
         + tokenizer_section(report, plots)
         + model_section(report, plots)
-        + tag("section", tag("h2", "Sources of the metrics") + table(["metric", "unit", "better", "source"], sources))
+        + tag(
+            "section",
+            tag("h2", "Sources of the metrics") + table(["metric", "unit", "better", "source", "needs"], sources),
+        )
         + tag("section", tag("h2", "How this was made") + table(["", ""], known))
     )
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -47,18 +47,11 @@ from speech_metrics import (
     count_errors,
     require_speech,
 )
-from spoken_validation import NEEDS
 
-VERSION = 2  # of what the metrics mean; values that were kept under another one are measured anew
+VERSION = 3  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
+LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
-NEEDED = {  # beside those of the tokenizer's metrics
-    "dnsmos": ("speechmos",),
-    "homographs": ("pocketsphinx",),
-    "pronunciation_kept": ("pocketsphinx",),
-    **dict.fromkeys(("content_recall", *RECALLED), ("faster_whisper", "whisper_normalizer")),
-}
-OF_VOICES = ("speaker_similarity", "character_run", "character_half", "character_drift", "confusion")
 Value = TypeVar("Value")
 
 
@@ -70,6 +63,8 @@ class Turn:
     text: str
     samples: np.ndarray  # (N,) at 24 kHz
     start: float | None  # s; None: nobody wrote down when
+    first_audio: float | None = None  # s from the request to the first samples; None: nobody held a stop-watch
+    real_time_factor: float | None = None
 
     @property
     def end(self) -> float:
@@ -106,7 +101,8 @@ def turns_of(conversation: Conversation, audio: dict[str, np.ndarray], most: int
 def hash_of(turns: Turns) -> str:
     digest = hashlib.sha256()
     for turn in turns:
-        digest.update(f"{turn.speaker} {turn.text} {turn.start}".encode() + turn.samples.tobytes())
+        told = f"{turn.speaker} {turn.text} {turn.start} {turn.first_audio} {turn.real_time_factor}"
+        digest.update(told.encode() + turn.samples.tobytes())
     return digest.hexdigest()
 
 
@@ -243,11 +239,36 @@ class Heard:
         return self.each(lambda turn: (turn.speaker, turn.prosody()))
 
     @functools.cached_property
-    def gaps(self) -> list[float]:
+    def spans(self) -> list[cm.Span]:
         """NotMeasurable: nobody wrote down when the turns begin."""
         if any(turn.start is None for turn in self.turns):
             raise NotMeasurable("nothing says when the turns begin")
-        return cm.gaps([cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns])
+        return [cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns]
+
+    @functools.cached_property
+    def gaps(self) -> list[float]:
+        return cm.gaps(self.spans)
+
+    def turn_seconds(self) -> float:
+        if all(turn.start is not None for turn in self.turns):
+            return float(np.median([span.end - span.start for span in cm.whole_turns(self.spans)]))
+        return float(np.median([len(turn.samples) / SAMPLE_RATE for turn in self.turns]))
+
+    def first_audio(self) -> float:
+        """Median over the turns. NotMeasurable: not timed."""
+        return float(np.median(self.timed(lambda turn: turn.first_audio)))
+
+    def real_time_factor(self) -> float:
+        """Of all turns together. NotMeasurable: not timed."""
+        factors = self.timed(lambda turn: turn.real_time_factor)
+        return float(np.average(factors, weights=[len(turn.samples) for turn in self.turns if len(turn.samples)]))
+
+    def timed(self, value: Callable[[Turn], float | None]) -> list[float]:
+        """Of the turns in which something was said."""
+        found = [value(turn) for turn in self.turns if len(turn.samples)]
+        if not found or None in found:
+            raise NotMeasurable("nobody wrote down how long it took")
+        return found
 
     def embeddings(self) -> tuple[np.ndarray, list[str]]:
         """(n, D) of the turns long enough, and their speakers."""
@@ -333,10 +354,15 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "character_half": lambda heard: _mean(each.half for each in heard.characters()),
     "character_drift": lambda heard: _mean(each.drift for each in heard.characters()),
     "confusion": Heard.confusion,
+    "character_other": lambda heard: _mean(cm.to_others(*heard.embeddings()).tolist()),
     "speaker_similarity": Heard.similarity,
     "style_kept": Heard.style_kept,
     "content_recall": lambda heard: heard.recalled,
     **{name: functools.partial(Heard.recall, between=k) for name, k in RECALLED.items()},
+    "turn_seconds": Heard.turn_seconds,
+    "first_audio": Heard.first_audio,
+    "real_time_factor": Heard.real_time_factor,
+    "backchannels": lambda heard: cm.backchannels(heard.spans),
     "gap": lambda heard: cm.gap(heard.gaps),
     "overlap": lambda heard: cm.overlap(heard.gaps),
     "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
@@ -380,6 +406,7 @@ METRICS_OF_CONVERSATIONS: dict[str, Metric] = {
         "sees noise and clipping, not prosody.",
         reference="3.2 to 3.4 good studio speech",
         source="Reddy et al., arXiv 2110.01763, P.835; speechmos",
+        needs=("speechmos",),
     ),
 }
 
@@ -391,12 +418,11 @@ def packages_missing() -> dict[str, str]:
     ]:
         raise MissingRequirement(f"{', '.join(absent)} not installed: {PACKAGES}")
     missing = {}
-    for metric, packages in {**NEEDS, **NEEDED}.items():
-        if absent := [name for name in packages if not importlib.util.find_spec(name)]:
+    for metric, about in METRICS_OF_CONVERSATIONS.items():
+        absent = [name for name in about.needs if not importlib.util.find_spec(name)]
+        if absent and metric not in LISTENER_METRICS:  # which are only had by asking, and say then what they lack
             missing[metric] = f"{', '.join(absent)} not installed: {PACKAGES}"
-    if "speaker_similarity" in missing:
-        missing |= dict.fromkeys(OF_VOICES, missing["speaker_similarity"])
-    return {metric: reason for metric, reason in missing.items() if metric in MEASURES}
+    return missing
 
 
 # ---- what is kept from run to run ------------------------------------------------------------------------------------

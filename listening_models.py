@@ -27,6 +27,7 @@ LISTENER_METRICS = {
         reference="1 identity; two real turns of one conversation for what chance gives. Such recognisers hear words "
         "and speakers too (arXiv 2604.26347): read it beside emotional coherence",
         source="the recogniser's own",
+        needs=("transformers",),
     ),
     "squim_pesq": Metric(
         title="SQUIM PESQ",

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import degradations
+from audio import SAMPLE_RATE
 from conversation_metrics import FEWEST_TURNS
 from conversations import build_conversations, loudness_gains, read_clips
 from evaluation_report import save_plot
@@ -52,6 +53,7 @@ MOST_BLIND = 0.3  # standard deviations between conversations
 RESAMPLES = 2000
 RECORDS = "validation.jsonl"
 MOST_TURNS = 8  # of a conversation
+MURMUR_SECONDS = 0.3
 MOST_SHOWN = 99.0  # standard deviations, where the change is the same in all conversations
 FEWEST = 4  # conversations, for a verdict
 RISES, FALLS, BLIND = 1, -1, 0
@@ -134,6 +136,21 @@ def gaps_alike(turns: Turns, severity: float, lots: np.random.Generator) -> Turn
     return made
 
 
+def murmured_at(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """In the middle of a share of the turns the other character murmurs: 0.3 s of what it says elsewhere."""
+    if not timed(turns):
+        return turns
+    murmur = int(MURMUR_SECONDS * SAMPLE_RATE)
+    moved = lots.permutation(len(turns)) < severity * len(turns)
+    made = list(turns)
+    for turn, chosen in zip(turns, moved, strict=True):
+        others = [other for other in turns if other.speaker != turn.speaker and len(other.samples) > 2 * murmur]
+        if chosen and others and len(turn.samples) > 3 * murmur:
+            said, middle = others[0], (turn.start + turn.end) / 2
+            made.append(Turn(said.speaker, "Mm.", said.samples[murmur : 2 * murmur], middle))
+    return sorted(made, key=lambda turn: turn.start)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Degradation:
     """What is done, how strongly, and what is expected of the metrics, written down before they are measured."""
@@ -186,7 +203,7 @@ DEGRADATIONS = {
         title="slower, by the share",
         change=each_turn(degradations.stretch),
         severities=(0.0, 0.1, 0.2, 0.3, 0.4),
-        expected={"rate": FALLS, "prosody_distance": RISES, "pitch_spread": BLIND},
+        expected={"rate": FALLS, "turn_seconds": RISES, "prosody_distance": RISES, "pitch_spread": BLIND},
     ),
     "pauses": Degradation(
         title="silences of 0.3 s within the turn",
@@ -256,7 +273,7 @@ DEGRADATIONS = {
         title="share of the turns spoken by the other character",
         change=voices_swapped,
         severities=(0.0, 0.125, 0.25, 0.375, 0.5),
-        expected={"confusion": RISES, "character_run": FALLS},
+        expected={"confusion": RISES, "character_run": FALLS, "character_other": RISES},
     ),
     "shuffled emotion": Degradation(
         title="share of the turns whose way of speaking goes elsewhere",
@@ -275,6 +292,12 @@ DEGRADATIONS = {
         change=lambda turns, severity, lots: gaps_longer(turns, -severity, lots),
         severities=(0.0, 0.2, 0.4, 0.6, 0.8),
         expected={"gap": FALLS, "overlap": RISES, "gap_distance": RISES},
+    ),
+    "murmurs": Degradation(
+        title="share of the turns in which the other one murmurs",
+        change=murmured_at,
+        severities=SHARES,
+        expected={"backchannels": RISES, "gap": BLIND, "overlap": BLIND, "gap_distance": BLIND},
     ),
     "gaps all alike": Degradation(
         title="share of the way to the median gap",

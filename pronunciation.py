@@ -42,6 +42,7 @@ PRONUNCIATION_METRICS = {
         "pronounced as the sentence means it. Forced choice between the two by pocketsphinx.",
         reference="0.5 for a voice that does not read on; known audio: see README",
         source='Sesame, "Crossing the Uncanny Valley of Conversational Voice", evaluation; sentences of this project',
+        needs=("pocketsphinx",),
     ),
     "pronunciation_kept": Metric(
         title="Pronunciation kept",
@@ -51,6 +52,7 @@ PRONUNCIATION_METRICS = {
         "vase, either, adult, caramel) in which it is said as in the first such turn of the conversation.",
         reference="a voice that always says one of the two has 1 as well: see how often it says either",
         source="as the homographs",
+        needs=("pocketsphinx",),
     ),
 }
 

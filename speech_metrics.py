@@ -48,8 +48,11 @@ class Metric:
     definition: str
     reference: str  # values to compare with
     source: str
+    needs: tuple[str, ...] = ()  # packages, by the names they are imported by
 
 
+OF_WORDS = ("faster_whisper", "whisper_normalizer", "jiwer")
+OF_VOICES = ("resemblyzer",)
 METRICS = {
     "log_mel_l1": Metric(
         title="Log-mel distance",
@@ -71,6 +74,7 @@ METRICS = {
         "level.",
         reference="1 identity; 0.93 white noise 10 dB below the speech; 0.94 Mimi with 16 codebooks",
         source="Taal et al., IEEE TASLP 19(7), 2011; pystoi",
+        needs=("pystoi",),
     ),
     "pesq_wb": Metric(
         title="PESQ wide band",
@@ -80,6 +84,7 @@ METRICS = {
         "lies above 8 kHz. A silent copy scores 1. Compare only systems trained with losses of the same family.",
         reference="4.64 identity; 2.88 Mimi with 16 codebooks; 1.1 white noise 10 dB below the speech",
         source="ITU-T P.862.2; pesq",
+        needs=("pesq",),
     ),
     "usage": Metric(
         title="Codebook usage",
@@ -108,6 +113,7 @@ METRICS = {
         "or digit are dropped. May exceed 1.",
         reference="the originals' rate is the recogniser's own error floor on this data",
         source="Levenshtein distance on words; jiwer, whisper-normalizer",
+        needs=OF_WORDS,
     ),
     "wer_insertions": Metric(
         title="Inserted words",
@@ -116,6 +122,7 @@ METRICS = {
         definition="Insertions / words of the text: heard but not in the text (babble, repeats).",
         reference="as the word error rate, which it is a part of",
         source="as the word error rate",
+        needs=OF_WORDS,
     ),
     "wer_deletions": Metric(
         title="Deleted words",
@@ -124,6 +131,7 @@ METRICS = {
         definition="Deletions / words of the text: not heard (skips, early ends, mumbling).",
         reference="as the word error rate, which it is a part of",
         source="as the word error rate",
+        needs=OF_WORDS,
     ),
     "wer_change": Metric(
         title="Word error rate against the originals",
@@ -132,6 +140,7 @@ METRICS = {
         definition="Word error rate of the copies less that of the originals, paired by clip.",
         reference="0 nothing lost; 0.04 or less is good for a tokenizer trained on a CPU",
         source="as the word error rate",
+        needs=OF_WORDS,
     ),
     "cer": Metric(
         title="Character error rate",
@@ -140,6 +149,7 @@ METRICS = {
         definition="As the word error rate, on the characters of the normalised text, spaces included.",
         reference="the originals' rate is the recogniser's own error floor on this data",
         source="Levenshtein distance on characters; jiwer",
+        needs=OF_WORDS,
     ),
     "speaker_similarity": Metric(
         title="Speaker similarity",
@@ -150,6 +160,7 @@ METRICS = {
         "clip), so at unlike quality it does not judge identity.",
         reference="the baselines are real clips of the same and of other speakers",
         source="Wan et al., arXiv 1710.10467; resemblyzer",
+        needs=OF_VOICES,
     ),
     "loss": Metric(
         title="Held-out loss per codebook",
@@ -450,12 +461,14 @@ class Tally:
         self.items: dict[tuple[str, str], list[Item]] = defaultdict(list)
         self.excluded: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
 
-    def add(self, metric: str, system: str, conversation: str, measure: Callable[..., float], *given: object) -> None:
-        """Add `measure(*given)` of one clip, or count why the metric is not defined for it."""
+    def add(self, metric: str, system: str, conversation: str, measure: Callable[..., float], *given: object) -> bool:
+        """Add `measure(*given)` of one clip, or count why the metric is not defined for it; whether it is."""
         try:
             self.items[metric, system].append(Item(conversation, measure(*given)))
         except NotMeasurable as reason:
             self.excluded[metric, system][str(reason)] += 1
+            return False
+        return True
 
     def add_errors(self, system: str, conversation: str, errors: TextErrors) -> None:
         """The rates that follow from one clip's counts."""

@@ -28,6 +28,7 @@ from generation import Conversation, Reply, Sampling
 from inference_model import InferenceModel
 from speech_metrics import (
     EVALUATION_PACKAGES,
+    METRICS,
     Figure,
     Item,
     NotMeasurable,
@@ -50,12 +51,6 @@ CLIPS = 4  # that are kept to listen to
 SPOKEN = "spoken"
 Choice = TypeVar("Choice")
 PAIRED = {"log_mel_l1": log_mel_distance, "stoi": stoi, "pesq_wb": pesq_wb}
-NEEDS = {  # metric -> packages it cannot do without
-    "stoi": ("pystoi",),
-    "pesq_wb": ("pesq",),
-    "wer": ("faster_whisper", "whisper_normalizer", "jiwer"),
-    "speaker_similarity": ("resemblyzer",),
-}
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -66,8 +61,8 @@ class Tools:
 
     def __init__(self, asr: str):
         self.missing: dict[str, str] = {}
-        for metric, packages in NEEDS.items():
-            absent = [name for name in packages if not _imports(name)]
+        for metric in (*PAIRED, "wer", "speaker_similarity"):
+            absent = [name for name in METRICS[metric].needs if not _imports(name)]
             if absent:
                 self.missing[metric] = f"{', '.join(absent)} not installed: {EVALUATION_PACKAGES}"
         self.recognizer = None if "wer" in self.missing else Recognizer(asr)

@@ -31,6 +31,7 @@ from checkpointing import write_atomically
 from conversation_formats import Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
 from heard_conversations import (
+    LEFT_OUT,
     MEASURES,
     METRICS_OF_CONVERSATIONS,
     RECALLED,
@@ -58,13 +59,14 @@ from speech_sources import load, read_recordings
 
 AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "emotion_agreement", "speaker_similarity")  # turn by turn
 OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall", *RECALLED)  # that were written for them
+OF_TIMES = ("first_audio", "real_time_factor")  # that the system itself wrote down
+TIMES = {"seconds_to_first_audio": "first_audio", "real_time_factor": "real_time_factor"}  # in a batch's results
 FLIPS = 10_000  # of the signs of the differences
 RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
 CONTEXT_TURNS = 3  # that a listener hears before the turn in question
-LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 GAIN = {"higher": 1, "lower": -1}
 NOTHING = np.zeros(0, np.float32)  # what a system says that does not answer
 Conversations = dict[str, Turns]
@@ -95,11 +97,15 @@ def read_system(name: str, path: Path) -> System:
         except (OSError, ValueError) as error:
             refused.append(f"{recording.name or recording.audio}: {error}")
             continue
-        turns.append(Turn(recording.speaker, text, samples, recording.start))
+        turns.append(Turn(recording.speaker, text, samples, recording.start, **times_of(recording)))
     conversations = {key: turns for key, turns in conversations.items() if turns}
     if not any(len(turn.samples) for turns in conversations.values() for turn in turns):
         raise ValueError(f"nothing of {path} can be heard: {refused[0] if refused else 'all of its turns are empty'}")
     return System(name, conversations, refused)
+
+
+def times_of(recording: Recording) -> dict[str, float | None]:
+    return {name: value for name, value in recording.facts if name in OF_TIMES}
 
 
 def name_of(recording: Recording) -> str:
@@ -125,6 +131,7 @@ def recordings_of(path: Path) -> list[Recording]:
                     file = turn["file"]  # None: nothing was said
                     place = {"conversation": result.parent.name, "turn_index": index}
                     place["name"] = file or f"{result.parent.name}, turn {index}"
+                    place["facts"] = tuple((ours, turn.get(theirs)) for theirs, ours in TIMES.items())
                     audio = result.with_name(Path(file).name) if file else b""
                     recordings.append(Recording(audio=audio, text=turn["text"], speaker=str(turn["speaker"]), **place))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -235,7 +242,7 @@ class Difference:
 def figures_of(measured: Table, seed: int) -> dict[str, dict[str, Figure]]:
     """metric -> system -> mean over conversations with a bootstrap interval, and why what was left out.
 
-    A metric of special sentences is there only if somebody said some.
+    A metric of special sentences is there only if somebody said some, one of times if somebody wrote them down.
     """
     table: dict[str, dict[str, Figure]] = {}
     for system, conversations in measured.items():
@@ -246,7 +253,9 @@ def figures_of(measured: Table, seed: int) -> dict[str, dict[str, Figure]]:
             for each in values.values():
                 excluded.update({LEFT_OUT + reason: turns for reason, turns in each.left_out.items()})
             table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
-    unasked = {metric for metric in OF_SENTENCES if all(f.value is None for f in table.get(metric, {}).values())}
+    unasked = {
+        metric for metric in (*OF_SENTENCES, *OF_TIMES) if all(f.value is None for f in table.get(metric, {}).values())
+    }
     return {metric: systems for metric, systems in table.items() if metric not in unasked}
 
 
@@ -379,7 +388,7 @@ def write_comparison(
         "",
         *(
             f"- {about.title}: {about.definition} Better: {about.better}. Compare: {about.reference}. Source: "
-            f"{about.source}."
+            f"{about.source}. Needs: {', '.join(about.needs) or 'nothing more'}."
             for about in (METRICS_OF_CONVERSATIONS[metric] for metric in figures)
         ),
     ]
@@ -387,7 +396,7 @@ def write_comparison(
     pictures = draw_comparison(out, systems, figures)
     warn = tag("ul", "".join(tag("li", html.escape(line)) for line in report["warnings"]))
     about = [
-        [html.escape(x) for x in (m.title, m.definition, m.better, m.reference, m.source)]
+        [html.escape(x) for x in (m.title, m.definition, m.better, m.reference, m.source, ", ".join(m.needs))]
         for m in (METRICS_OF_CONVERSATIONS[metric] for metric in figures)
     ]
     body = tag("h1", "Comparison") + tag("p", html.escape(report["note"]), class_="note")
@@ -397,7 +406,8 @@ def write_comparison(
     body += tag("section", "".join(f'<img src="{path}" alt="{path}">' for path in pictures))
     body += tag("section", tag("h2", "Listen") + players(out, systems))
     body += tag(
-        "section", tag("h2", "What is measured") + table(["metric", "definition", "better", "compare", "source"], about)
+        "section",
+        tag("h2", "What is measured") + table(["metric", "definition", "better", "compare", "source", "needs"], about),
     )
     write_atomically(out / "comparison.html", page("Comparison", body).encode())
 

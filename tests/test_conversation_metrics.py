@@ -122,6 +122,14 @@ def test_confusion_finds_the_exchanged_turn():
     assert np.isnan(cm.confused(voices, ["a"] * 6)).all()  # nobody to be confused with
 
 
+def test_likeness_to_the_other_characters_of_known_voices():
+    one, two, three = np.eye(3)
+    assert cm.to_others(np.stack([one, two, one]), ["a", "b", "a"]).tolist() == [0, 0, 0]
+    mixed = cm.to_others(np.stack([one, one, two, three]), ["a", "b", "b", "c"])
+    assert mixed == pytest.approx([np.sqrt(0.5), 1, 0, 0], abs=1e-6)  # b is half as a
+    assert np.isnan(cm.to_others(np.stack([one, two]), ["a", "a"])).all()
+
+
 def test_gaps_and_overlaps_of_known_times():
     turns = [cm.Span("a", 0, 1), cm.Span("b", 1.2, 2), cm.Span("b", 2.1, 3), cm.Span("a", 2.8, 4), cm.Span("b", 5, 6)]
     found = cm.gaps(turns)
@@ -144,6 +152,10 @@ def test_who_agrees_within_a_turn_takes_no_turn():
     ]
     assert cm.gaps(turns) == pytest.approx([0.5])
     assert cm.gaps(turns[:2]) == []
+    assert cm.backchannels(turns) == pytest.approx(2 / 4)  # what a says across the breath is one turn
+    assert cm.backchannels([cm.Span("a", 0, 2), cm.Span("b", 1.5, 3)]) == 0
+    with pytest.raises(NotMeasurable, match="nobody else"):
+        cm.backchannels([cm.Span("a", 0, 2), cm.Span("a", 3, 4)])
     assert cm.gaps([cm.Span("a", 0, 2), cm.Span("b", 1.5, 3)]) == [-0.5]  # going on alone is no backchannel
 
 

@@ -151,6 +151,10 @@ def test_degradations_of_conversations_change_only_what_they_name():
             assert sum(len(turn.samples) for turn in changed) == sum(len(turn.samples) for turn in turns)
     later = mv.gaps_longer(turns, 0.5, lots)
     assert heard(later, turns).gaps == pytest.approx([gap + 0.5 for gap in heard(turns, turns).gaps])
+    murmured = mv.murmured_at(turns, 1.0, lots)
+    assert heard(murmured, turns).gaps == pytest.approx(heard(turns, turns).gaps) and len(murmured) == 2 * len(turns)
+    counts = [hc.MEASURES["backchannels"](heard(mv.murmured_at(turns, s, lots), turns)) for s in mv.SHARES]
+    assert counts[0] == 0 and np.all(np.diff(counts) > 0) and counts[-1] == 0.5
     alike = heard(mv.gaps_alike(turns, 1.0, lots), turns).gaps
     assert np.ptp(alike) < 1e-6 and np.median(alike) == pytest.approx(np.median(heard(turns, turns).gaps))
 

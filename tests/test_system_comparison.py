@@ -1,5 +1,6 @@
 """Systems side by side: values, tests, pages; each comes out right for systems whose difference is known."""
 
+import dataclasses
 import json
 import re
 
@@ -15,9 +16,10 @@ from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, run
 from conversation_metrics import CONVERSATION_METRICS
 from evaluation_framework import main
 from generation import Reply
-from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS, Ears, Human, Turn
+from heard_conversations import MEASURES, METRICS_OF_CONVERSATIONS, Ears, Heard, Human, Turn, hash_of
 from listening_models import LISTENER_METRICS
 from pronunciation import conversations
+from speech_metrics import NotMeasurable
 from spoken_conversations import measure
 from synthetic_voices import load_voice, speak
 
@@ -53,13 +55,17 @@ def compared(tmp_path_factory):
 def test_values_of_known_systems(compared):
     report = json.loads((compared[0] / "out" / "comparison.json").read_text())
     figures = report["figures"]
-    unasked = {*sc.OF_SENTENCES, *LISTENER_METRICS}
+    unasked = {*sc.OF_SENTENCES, *sc.OF_TIMES, *LISTENER_METRICS}
     assert set(figures) | unasked == set(MEASURES) <= set(METRICS_OF_CONVERSATIONS) and not set(figures) & unasked
     assert figures["pitch_spread"]["real"]["value"] > 1.5 > 0.4 > figures["pitch_spread"]["flat"]["value"]
     assert figures["pitch_contour"]["real"]["value"] == pytest.approx(1)
     assert abs(figures["pitch_contour"]["flat"]["value"]) < 0.2
     assert figures["speaker_similarity"]["real"]["value"] == pytest.approx(1, abs=1e-4)
     assert figures["confusion"]["real"]["value"] == 0
+    assert figures["character_other"]["real"]["value"] < figures["character_run"]["real"]["value"] - 0.1
+    assert figures["turn_seconds"]["real"]["value"] == pytest.approx(4, abs=1)
+    assert figures["backchannels"]["real"]["value"] == 0
+    assert report["metrics"]["character_run"]["needs"] == ["resemblyzer"]
     assert figures["wer"]["real"]["value"] < 0.1
     assert any("2 conversations" in line for line in report["warnings"])
     assert set(report["metrics"]) == set(figures) and report["metrics"]["wer"]["definition"]
@@ -147,6 +153,15 @@ def test_what_a_batch_spoke_is_a_system(tmp_path):
     assert (turn.speaker, turn.text, turn.start, system.refused) == ("1", SENTENCES[0], None, [])
     np.testing.assert_allclose(turn.samples, speech(0), atol=1e-4)
     assert (empty.speaker, empty.text, len(empty.samples)) == ("1", SENTENCES[0], 0)
+    taken = 0.2 / len(speech(0)) * SAMPLE_RATE
+    assert (turn.first_audio, turn.real_time_factor) == (0.1, pytest.approx(taken, abs=1e-4))
+    untimed = dataclasses.replace(turn, first_audio=None)
+    heard, other = (Heard("soup", turns, turns, Human({}, {}), Ears()) for turns in ([turn, empty], [turn, untimed]))
+    assert MEASURES["first_audio"](heard) == 0.1  # who says nothing has taken no time to say it
+    assert MEASURES["real_time_factor"](heard) == turn.real_time_factor
+    with pytest.raises(NotMeasurable, match="how long it took"):
+        MEASURES["first_audio"](other)
+    assert hash_of([turn]) != hash_of([untimed])
     assert any("1 of 2 turns are silent" in line for line in sc.warnings_of([system], []))
     (folder / sc.RESULT).write_text("{")
     with pytest.raises(ValueError, match="not what demo"):
