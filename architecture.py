@@ -43,9 +43,10 @@ from cross_attention import (
 )
 from frames import IGNORE, Rows, send
 from model_sizes import PRESETS, CSMConfig, Memory, frame_cost, inference_memory, preset, training_memory
-from transformer import Allowed, KVCache, Transformer, rope_frequencies
+from transformer import Allowed, KVCache, KVCaches, Transformer, rope_frequencies
 
 WEIGHTS_KIND = "csm"
+ROW_INPUTS = ("tokens", "mask", "positions")  # of `Rows`: what embedding and backbone take
 ADDED = ("cross_attention.", "memory.")  # parameters that the published model does not have
 
 
@@ -219,6 +220,31 @@ class CSM(nn.Module):
         if rows.tokens.size(1) > c.max_positions:
             raise ValueError(f"{rows.tokens.size(1)} rows are more than the model's max_positions={c.max_positions}")
         traces = Traces() if traces is None else traces
+        between = self._additions(rows, cache, traces, maps)
+        embedded = self.embed(rows.tokens, rows.mask if shown is None else shown)
+        return (backbone or self.backbone)(embedded, rows.positions, allowed, cache and cache.keys, between)
+
+    def hidden_of_several(
+        self, rows: Sequence[Rows], caches: Sequence[CSMCache], backbone: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """The next row of each of N conversations, (1, 1) -> (N, 1, D), as `hidden` gives of each with its cache.
+
+        They share the products with the backbone's matrices; each attends what is its own.
+        """
+        own = [self._additions(row, cache, Traces(), maps=False) for row, cache in zip(rows, caches, strict=True)]
+
+        def between(layer: int, x: Tensor) -> Tensor:
+            return torch.cat([each(layer, part) for each, part in zip(own, x.split(1), strict=True)])
+
+        tokens, mask, positions = (torch.cat([getattr(row, name) for row in rows]) for name in ROW_INPUTS)
+        keys = KVCaches([cache.keys for cache in caches])
+        return (backbone or self.backbone)(self.embed(tokens, mask), positions, None, keys, between)
+
+    def _additions(
+        self, rows: Rows, cache: CSMCache | None, traces: Traces, maps: bool
+    ) -> Callable[[int, Tensor], Tensor]:
+        """What is done to the rows' states (B, T, D) behind a layer of the backbone."""
+        c = self.config
         if self.memory is not None and cache is None and traces.turns is None:
             traces.turns = find_turns(rows)
         crossing = {layer: index for index, layer in enumerate(c.cross_layers)}
@@ -237,9 +263,7 @@ class CSM(nn.Module):
                     x, traces.expected_prosody = self.memory(x, rows, traces.turns)
             return x
 
-        keys = cache and cache.keys
-        embedded = self.embed(rows.tokens, rows.mask if shown is None else shown)
-        return (backbone or self.backbone)(embedded, rows.positions, allowed, keys, between)
+        return between
 
     def end_turn(self, cache: CSMCache, prosody: Tensor) -> None:
         """Write the turn just read, whose sound is (B, F), to the memory if there is one."""

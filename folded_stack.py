@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from command_line import MissingRequirement
-from transformer import Block, KVCache, Transformer, attend, behind
+from transformer import Block, KVCache, KVCaches, Transformer, attend, behind
 
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 COMPILERS = ("g++", "clang++", "cl")
@@ -96,26 +96,31 @@ class FoldedStack:
         self,
         x: Tensor,
         turns: Tensor,
-        cache: KVCache,
+        cache: KVCache | KVCaches,
         allowed: Tensor | None = None,
         between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) that continue what the cache holds -> (B, T, D), as `Transformer.forward` without the last norm."""
         c, (B, T, D) = self.config, x.shape
         H, turned = c.n_heads, c.n_heads + c.n_kv_heads
-        if cache.length and T > 1 and allowed is None:
+        if T > 1 and cache.length and allowed is None:
             allowed = behind(cache.length, T, x.device)
         x = x.reshape(B * T, D)
         for layer, block in enumerate(self.blocks):
             qkv = block.qkv(self.direction(x)).view(B, T, -1, c.d_head).transpose(1, 2)  # (B, H + 2 G, T, d)
             turn(qkv[:, :turned], turns)
-            both = cache.append_both(layer, qkv[:, H:])
-            x = block.out(self.attention(qkv[:, :H], both, allowed)).add_(x)
+            if isinstance(cache, KVCaches):
+                rows = zip(cache.caches, qkv.split(1), strict=True)
+                parts = [self.attention(row[:, :H], own.append_both(layer, row[:, H:]), None) for own, row in rows]
+                heard = torch.cat(parts)
+            else:
+                heard = self.attention(qkv[:, :H], cache.append_both(layer, qkv[:, H:]), allowed)
+            x = block.out(heard).add_(x)
             gate, up = block.gate_up(self.direction(x)).chunk(2, dim=-1)
             x = block.down(F.silu(gate).mul_(up)).add_(x)
             if between is not None:
                 x = between(layer, x.view(B, T, D)).reshape(B * T, D)
-        cache.length += T
+        cache.advance(T)
         return x.view(B, T, D)
 
     def forward(
@@ -123,7 +128,7 @@ class FoldedStack:
         x: Tensor,
         positions: Tensor,
         allowed: Tensor | None,
-        cache: KVCache,
+        cache: KVCache | KVCaches,
         between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """As `Transformer.forward`, the last norm included."""

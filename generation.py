@@ -133,6 +133,13 @@ class Wanted(NamedTuple):
     stop: int  # the first codebook that is not wanted
 
 
+class Unread(NamedTuple):
+    """What a conversation under way waits for: the backbone's state behind a row that says what was drawn last."""
+
+    rows: Rows  # one, as a batch of one, on the model's device
+    cache: CSMCache
+
+
 class Speaker:
     """Draws frames in the two stages of section "Conversational Speech Model" of Sesame's article.
 
@@ -300,18 +307,23 @@ class Conversation:
         It joins the conversation when it ends, when it is cut at `max_seconds`, or when the caller stops reading;
         `turns[-1]` holds it and `ended` says whether the model ended it.
         """
-        codes = None
+        sent = None
         with contextlib.closing(self.steps(speaker, text, gap_seconds)) as steps, contextlib.suppress(StopIteration):
             while True:
-                found = steps.send(codes)
-                codes = self.speaker.continue_frames(*found) if isinstance(found, Wanted) else None
-                if codes is None:
+                found = steps.send(sent)
+                if isinstance(found, Wanted):
+                    sent = self.speaker.continue_frames(*found)
+                elif isinstance(found, Unread):
+                    sent = self._states(*found)
+                else:
+                    sent = None
                     yield found
 
     def steps(
         self, speaker: int, text: str | None, gap_seconds: float = 0.0
-    ) -> Generator[Wanted | np.ndarray, Tensor | None, None]:
-        """`stream` without the depth decoder: also yields what is wanted of it, and is sent (N, stop) codes then."""
+    ) -> Generator[Wanted | Unread | np.ndarray, Tensor | None, None]:
+        """`stream` for who lets several share their passes. Also yields what is wanted of the depth decoder, and is
+        sent (N, stop) codes then, and each frame's row that the backbone is to read, and is sent its state (1, D)."""
         if text is None:
             self._need_text_head("reply")
             ids = prompt = turn_prompt(self.text_tokenizer, speaker)
@@ -341,8 +353,10 @@ class Conversation:
                     if len(samples):
                         yield samples
                 if not self.ended:
-                    hidden = self._read(self.layout.audio_row(frames.codes(), self.clock))
-                    frames.n_read = len(frames.first)
+                    frames.unread = self._on_device(self.layout.audio_row(frames.codes(), self.clock))
+                    frames.n_placed = len(frames.first)
+                    hidden = yield Unread(frames.unread, self.cache)
+                    frames.unread = None
             if (wanted := frames.wanted(all_of_them=True)) is not None:
                 samples = frames.finish((yield wanted))
                 if len(samples):
@@ -443,7 +457,9 @@ class Conversation:
     def _close(self, turn: Turn, speaker: int, frames: _Frames, before: tuple) -> None:
         """Read the rows that end a turn and let it join the conversation."""
         codes = frames.codes()
-        if len(codes) > frames.n_read:
+        if frames.unread is not None:  # the caller has stopped before it was
+            self._states(frames.unread, self.cache)
+        if len(codes) > frames.n_placed:
             self._read(self.layout.audio_row(codes, self.clock))
         self._read(self.layout.end_rows(codes, self.clock))
         heard = np.concatenate(frames.decoded) if frames.decoded else np.zeros(0, dtype=np.float32)
@@ -457,10 +473,17 @@ class Conversation:
         self.kept.append(KeptTurn(turn, *before, voice_of))
         self.model.end_turn(self.cache, turn.prosody[None].to(self.device))
 
-    @torch.inference_mode()
     def _read(self, rows: Rows) -> Tensor:
         """Run rows through the backbone behind what the cache holds; (1, D) state of the last one."""
-        return self.speaker.inference.hidden(rows.batch().to(self.device), self.cache)[:, -1]
+        return self._states(self._on_device(rows), self.cache)
+
+    def _on_device(self, rows: Rows) -> Rows:
+        return rows.batch().to(self.device)
+
+    @torch.inference_mode()
+    def _states(self, rows: Rows, cache: CSMCache) -> Tensor:
+        """(1, T) rows -> (1, D) of the last one."""
+        return self.speaker.inference.hidden(rows, cache)[:, -1]
 
     def _make_room(self, needed: int, voice_of: int | None = None) -> None:
         """Drop whole oldest turns until `needed` more rows fit, and read the rest anew if any was dropped.
@@ -507,7 +530,8 @@ class _Frames:
         self.states: list[Tensor] = []  # (1, D) of those that wait for stage 2
         self.whole: list[Tensor] = []  # (K,)
         self.decoded: list[np.ndarray] = []
-        self.n_read = 0  # rows of them that the backbone has read
+        self.n_placed = 0  # frames that have a row
+        self.unread: Rows | None = None  # the row that the backbone has not read yet
 
     def begin(self, hidden: Tensor, codes: Tensor) -> bool:
         """(1, D) state and (1, k) codes of stage 1 of the next frame; False if it is the end of the turn."""

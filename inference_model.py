@@ -7,7 +7,7 @@ D backbone width, E depth width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,12 @@ class InferenceModel:
     def hidden(self, rows: Rows, cache: CSMCache) -> Tensor:
         """(B, T) rows behind what the cache holds -> (B, T, D); a cache is of one `InferenceModel` only."""
         return self.model.hidden(rows, cache=cache, backbone=self.backbone)
+
+    def hidden_of_several(self, rows: Sequence[Rows], caches: Sequence[CSMCache]) -> Tensor:
+        """A row of each of N conversations, (1, 1) behind what its cache holds -> (N, 1, D), as each alone."""
+        if len(rows) == 1:
+            return self.hidden(rows[0], caches[0])
+        return self.model.hidden_of_several(rows, caches, self.backbone)
 
 
 class DepthLoop:

@@ -1,7 +1,7 @@
-"""Several conversations that speak at once: one pass of the depth decoder draws the codes of all that wait.
+"""Several conversations that speak at once: one pass of each stage for all that wait.
 
-The depth decoder is most of a frame's time, and of its time most goes into moving its weights, which N frames share.
-The backbone reads each conversation by itself. A conversation says what it would alone, but for rounding.
+Most of a frame's time goes into moving weights, which N conversations share: those of the depth decoder, and those of
+the backbone, where each attends its own past. A conversation says what it would alone, but for rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generation import Conversation, Wanted
+from generation import Conversation, Unread, Wanted
 
 
 class Together:
@@ -22,6 +22,7 @@ class Together:
         self.talks: dict[Hashable, Conversation] = {}
         self.steps: dict = {}
         self.waiting: dict[Hashable, Wanted] = {}
+        self.unread: dict[Hashable, Unread] = {}
 
     def begin(
         self, name: Hashable, talk: Conversation, speaker: int, text: str | None, gap_seconds: float = 0.0
@@ -36,6 +37,7 @@ class Together:
     def stop(self, name: Hashable) -> None:
         """Interrupt a speaker; what was said is kept. Nothing for one that does not speak."""
         self.waiting.pop(name, None)
+        self.unread.pop(name, None)
         self.talks.pop(name, None)
         if (steps := self.steps.pop(name, None)) is not None:
             steps.close()
@@ -48,21 +50,34 @@ class Together:
         names = [name for name in self.steps if name not in resting]
         codes = self._draw({name: self.waiting.pop(name) for name in names if name in self.waiting})
         for name in names:
-            try:
-                found = self.steps[name].send(codes.get(name))
-                while not isinstance(found, Wanted):
-                    yield name, found
-                    if name not in self.steps:  # stopped by who read it
-                        break
-                    found = self.steps[name].send(None)
-                else:
+            yield from self._advance(name, codes.get(name))
+        unread = {name: self.unread.pop(name) for name in names if name in self.unread}
+        if unread:
+            inference = self.talks[next(iter(unread))].speaker.inference
+            with torch.inference_mode():
+                states = inference.hidden_of_several(*zip(*unread.values(), strict=True))  # (N, 1, D)
+            for name, state in zip(unread, states, strict=True):
+                yield from self._advance(name, state)
+
+    def _advance(self, name: Hashable, sent: Tensor | None) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
+        """Let one go on, with what it has waited for, until it waits again or is done."""
+        try:
+            while name in self.steps:  # else who read what was yielded has stopped it
+                found = self.steps[name].send(sent)
+                sent = None
+                if isinstance(found, Wanted):
                     self.waiting[name] = found
-            except StopIteration:
-                self.stop(name)
-                yield name, None
-            except Exception as error:
-                self.stop(name)
-                yield name, error
+                    return
+                if isinstance(found, Unread):
+                    self.unread[name] = found
+                    return
+                yield name, found
+        except StopIteration:
+            self.stop(name)
+            yield name, None
+        except Exception as error:
+            self.stop(name)
+            yield name, error
 
     def _draw(self, asked: dict[Hashable, Wanted]) -> dict[Hashable, Tensor]:
         """The codes that are asked for: together those that begin and end with the same codebook."""

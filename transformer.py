@@ -7,8 +7,9 @@ RoPE pairs channel i with i + d/2 (the rotate-half order of transformers).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +80,25 @@ class KVCache:
         self.both[layer, :, :, self.length : end] = both
         return self.both[layer, :, :, :end]
 
+    def advance(self, more: int) -> None:
+        """Every layer has written so many positions."""
+        self.length += more
+
     def _end(self, more: int) -> int:
         end = self.length + more
         if end > self.max_positions:
             raise ValueError(f"the cache holds {self.max_positions} positions, {end} are needed")
         return end
+
+
+class KVCaches(NamedTuple):
+    """The caches of N sequences, each of its own length, that go on by one position at once."""
+
+    caches: Sequence[KVCache]  # of one sequence each
+
+    def advance(self, more: int) -> None:
+        for cache in self.caches:
+            cache.advance(more)
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
@@ -154,7 +169,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | KVCaches | None, layer: int
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         B, T, _ = x.shape
@@ -162,6 +177,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
         q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        if isinstance(cache, KVCaches):
+            rows = zip(cache.caches, q.split(1), k.split(1), v.split(1), strict=True)
+            out = torch.cat([attend(query, *own.append(layer, key, value)) for own, query, key, value in rows])
+            return self.o_proj(out.transpose(1, 2).flatten(2))
         if cache is not None:
             k, v = cache.append(layer, k, v)
         causal = allowed is None and T == k.size(2) > 1  # one new row may see all rows before it
@@ -195,7 +214,7 @@ class Block(nn.Module):
         self.dropout = 0.0  # of what attention and feed-forward add, in training
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Allowed, cache: KVCache | KVCaches | None, layer: int
     ) -> Tensor:
         x = x + self.dropped(self.attention(self.attention_norm(x), rope, allowed, cache, layer))
         return x + self.dropped(self.feed_forward(self.feed_forward_norm(x)))
@@ -233,16 +252,17 @@ class Transformer(nn.Module):
         x: Tensor,
         positions: Tensor,
         allowed: Allowed = None,
-        cache: KVCache | None = None,
+        cache: KVCache | KVCaches | None = None,
         between: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) embeddings at (B or 1, T) positions -> (B, T, D) normed hidden states.
 
-        With a cache, x continues what the cache holds; several new rows on a
-        non-empty cache get their causal mask here. `between` takes number and output of each block and may change it.
+        With a cache, x continues what the cache holds; several new rows on a non-empty cache get their causal mask
+        here. Of N caches x is the next position of each, (N, 1, D). `between` takes number and output of each block
+        and may change it.
         """
         T = x.size(1)
-        if cache is not None and cache.length and T > 1 and allowed is None:
+        if T > 1 and cache is not None and cache.length and allowed is None:
             allowed = behind(cache.length, T, x.device)
         rope = rope_angles(self.frequencies, positions)
         x = x.to(self.norm.weight.dtype)  # under autocast the residual stream keeps the precision of the weights
@@ -254,5 +274,5 @@ class Transformer(nn.Module):
             if between is not None:
                 x = between(layer, x)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(x)

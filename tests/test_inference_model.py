@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import full_model
+from conftest import full_model, tiny_model
 
 from architecture import CSMCache
 from frames import Rows, Turn
@@ -48,6 +48,32 @@ def test_the_blocks_are_those_of_the_moment_it_was_made():
         with torch.no_grad():
             model.depth.blocks[0].attention.v_proj.weight.mul_(2)
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_rows_of_several_conversations_are_read_as_each_alone(make, int8):
+    """Different lengths, turns and times; several steps, so that what one pass leaves behind serves the next."""
+    model = make()
+    inference, random = InferenceModel(model, int8=int8), torch.Generator().manual_seed(3)
+    given = [
+        model.config.layout.turn_rows(Turn(list(range(n)), torch.randint(0, 16, (n, 4), generator=random))).batch()
+        for n in (5, 9, 14)
+    ]
+    with torch.inference_mode():
+        alone, together = ([CSMCache(model) for _ in given] for _ in range(2))
+        for caches in (alone, together):
+            for rows, cache in zip(given, caches, strict=True):
+                inference.hidden(Rows(*(column[:, :-4] for column in rows)), cache)
+        for place in range(-4, 0):
+            end = place + 1 or None
+            each = [Rows(*(column[:, place:end] for column in rows)) for rows in given]
+            expected = torch.cat([inference.hidden(row, cache) for row, cache in zip(each, alone, strict=True)])
+            found = inference.hidden_of_several(each, together)
+            assert found.shape == (3, 1, model.config.backbone.d_model)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert [cache.keys.length for cache in together] == [cache.keys.length for cache in alone]
+    assert len({cache.keys.length for cache in alone}) == 3
 
 
 def test_with_8_bits_it_speaks_nearly_as_the_model_does(tokenizer):

@@ -66,6 +66,28 @@ def test_each_says_what_it_would_alone_over_several_turns(make, tokenizer):
     assert len({len(talk.turns[-1].codes) for talk in alone}) > 1
 
 
+def test_each_round_is_one_pass_of_the_backbone(tokenizer, monkeypatch):
+    inference = InferenceModel(full_model())
+    together, read = Together(), []
+    several = inference.hidden_of_several
+    monkeypatch.setattr(
+        inference, "hidden_of_several", lambda rows, caches: read.append(len(rows)) or several(rows, caches)
+    )
+    for name, talk in enumerate(talks(inference, tokenizer)[:3]):
+        together.begin(name, talk, 0, TEXTS[1])
+    list(together.round())
+    assert not read  # nobody has a frame yet
+    for _ in range(2):
+        list(together.round())
+    assert read[0] == 3 and max(read) == 3  # however the second stage sets them apart later
+    alone = inference.hidden
+    monkeypatch.setattr(inference, "hidden", lambda *given: pytest.fail("read alone"))
+    list(together.round())
+    monkeypatch.setattr(inference, "hidden", alone)
+    for name in range(3):
+        together.stop(name)
+
+
 def test_others_may_join_and_leave_at_any_time(tokenizer):
     inference = InferenceModel(full_model())
     alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
