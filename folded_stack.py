@@ -25,7 +25,7 @@ from transformer import Block, KVCache, KVCaches, Transformer, attend, behind
 
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 COMPILERS = ("g++", "clang++", "cl")
-FEW_ROWS = 4  # from more on, a product of 8 bits is computed in the precision of its input
+FEW_ROWS = 16  # from more on, a product of 8 bits is computed in the precision of its input
 
 
 class Int8Matrix:

@@ -7,8 +7,8 @@ after another, greedy on both sides, which must say the same; alternating in one
     ours, int8       the same with weights of 8 bits, on a CPU; with --compile also both compiled
     transformers     generate() as it comes; with --static with its static caches
 
-The same for --together conversations of the same prompt at once: ours as `speaking_together.py` does it, each backbone
-row of its own and one pass of the depth decoder for all, theirs as one batch.
+The same for --together conversations of the same prompt at once: ours as `speaking_together.py` does it, theirs as one
+batch.
 
 Then our preset as it is, with its additions and a codec of random weights, as one talks with it: the time to the first
 audio, the real-time factor, and how much less time --together conversations take that speak at once than one after the
@@ -74,7 +74,7 @@ def our_frames(model: InferenceModel, ids: list[int], n: int, batch: int = 1) ->
         frames.append(speaker.first_codes(torch.cat(hidden)))
         codes = torch.stack(frames, dim=1)
         rows = [layout.audio_row(own, clock).batch() for own, (clock, _) in zip(codes, talks, strict=True)]
-        hidden = [model.hidden(row, cache)[:, -1] for row, (_, cache) in zip(rows, talks, strict=True)]
+        hidden = [model.hidden_of_several(rows, [cache for _, cache in talks])[:, -1]]
     return torch.stack(frames, dim=1), 1000 * (time.perf_counter() - began) / (n * batch)
 
 
