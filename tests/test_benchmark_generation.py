@@ -22,8 +22,9 @@ def test_both_sides_say_the_same_and_all_figures_are_there(capsys):
     assert found["speedup"] == pytest.approx(found["peer_ms_per_frame"] / found["ms_per_frame"])
     assert found["real_time_factor"] == pytest.approx(found["ms_per_frame"] / 80)
     assert found["floor_ms_per_frame"] > 0 and 1 < found["gigabytes_per_s"] < 10_000
-    for whole in found["with_additions_and_codec"].values():
-        assert min(whole["first_audio_ms"], whole["real_time_factor"], whole["together_ratio"]) > 0
+    for name, whole in found["with_additions_and_codec"].items():
+        assert min(whole["first_audio_ms"], whole["real_time_factor"]) > 0
+        assert whole.get("together_ratio", 0) > 0 or "acoustic frames" in name
 
 
 @pytest.mark.parametrize("flag", ["--frames", "--rounds", "--threads", "--together"])
