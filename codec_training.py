@@ -354,9 +354,9 @@ def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
     batch = SemanticBatch(*(x.to(run.device) for x in run.utterances.batch(c.seed, run.step, n, mine)))
     alike = batch.wave.new_zeros(())
     with torch.autocast(run.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-        latents = model.latents(batch.wave, disguise_of(run, n))[0]
+        latents = model.encoder.content_alone(batch.wave, disguise_of(run, n))
         if c.alike_weight and c.warped:
-            other = model.latents(batch.wave, disguise_of(run, n, which=1))[0]
+            other = model.encoder.content_alone(batch.wave, disguise_of(run, n, which=1))
             alike = disagreement(latents.float(), other.float(), batch.live(latents.size(1)))
         if stage == QUANTISED:
             prefixes = draw_prefixes(c.seed, run.step, n, model.config.n_semantic)[mine]

@@ -214,6 +214,13 @@ class Encoder(nn.Module):
         new_state = EncoderState(samples[:, -(FFT - HOP) :], stem, content_state, acoustic_state)
         return self.content_out(content), self.acoustic_out(acoustic), new_state
 
+    def content_alone(self, wave: Tensor, disguise: Disguise | None = None) -> Tensor:
+        """(B, T * FRAME_SAMPLES) from silence on -> content latents (B, T, codebook_dim), as `forward` gives them."""
+        state = self.initial_state(len(wave))
+        mel = self.log_mel(torch.cat([state.samples, wave], dim=1))
+        told, _ = self.frames(mel if disguise is None else self.disguised(mel, disguise), state.stem)
+        return self.content_out(self.content(self.to_content(told), state.content)[0])
+
 
 class DecoderState(NamedTuple):
     coarse: Tensor  # (n_coarse, B, KERNEL - 1, d_branch)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalise
+import muon
+from muon import Muon, _factor, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
@@ -13,6 +14,27 @@ def test_directions_are_about_orthogonal_with_the_singular_vectors_of_the_matrix
     inner = u.T @ orthogonalise(matrix, torch.float32) @ v.T  # diagonal with entries near 1
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
     assert (inner.diagonal()[s > 0.1 * s.max()] - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (400, 48), (64, 512)])
+def test_long_rows_take_the_same_steps_by_their_products(shape, monkeypatch):
+    """Also where singular values span four decades."""
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrix = u * torch.logspace(0, -4, min(shape)) @ v
+    found = orthogonalise(matrix, torch.float32)
+    called = []
+    monkeypatch.setattr(muon, "_factor", lambda gram: called.append(gram) or _factor(gram))
+    torch.testing.assert_close(orthogonalise(matrix, torch.float32), found)
+    assert called  # else nothing was compared
+    torch.testing.assert_close(
+        found, orthogonalise(matrix.double(), torch.float64), atol=5e-3, rtol=0, check_dtype=False
+    )
+    rows = matrix if shape[0] < shape[1] else matrix.T
+    x = rows.double() / (rows.norm() + 1e-7)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    expected = x if shape[0] < shape[1] else x.T
+    torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=0)
 
 
 def test_in_bfloat16_a_run_equals_that_of_torchs_own():

@@ -342,6 +342,8 @@ def test_disguised_tone_looks_like_a_higher_tone_to_the_content_branch_alone():
     plain, heard = tokenizer.latents(low), tokenizer.latents(low, disguise(factors=1.2))
     assert torch.equal(plain[1], heard[1]) and not torch.allclose(plain[0], heard[0], atol=1e-3)
     torch.testing.assert_close(tokenizer.latents(low, disguise())[0], plain[0])
+    for own, both in ((None, plain), (disguise(factors=1.2), heard)):
+        assert torch.equal(encoder.content_alone(low, own), both[0])
 
 
 def test_disguised_noise_is_as_loud_in_every_band_as_the_disguise_says():
