@@ -279,8 +279,12 @@ class Conversation:
         before = self.standing()
         self._read(self.layout.turn_rows(turn, self.clock))
         if pinned:
-            self.kept = [kept._replace(voice_of=None) if kept.voice_of == speaker else kept for kept in self.kept]
+            self.unpin(speaker)
         self._keep(turn, before, speaker if pinned else None)
+
+    def unpin(self, speaker: int) -> None:
+        """Let the turn that shows a speaker's voice leave the window as any other does."""
+        self.kept = [kept._replace(voice_of=None) if kept.voice_of == speaker else kept for kept in self.kept]
 
     def listen(
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0

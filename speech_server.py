@@ -35,6 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audio import FRAME_RATE, SAMPLE_RATE, read_audio, to_pcm16
 from command_line import describe, exit_code_of
@@ -150,8 +151,9 @@ class Studio:
 
     def submit(self, job: Job) -> None:
         """Let a job be spoken when its turn comes. Busy: too many wait."""
-        if len(self.waiting) >= self.most_waiting:
-            raise Busy(f"{len(self.live)} requests are spoken and {len(self.waiting)} wait; try again later")
+        waiting = sum(not other.cancelled for other in self.waiting.copy())
+        if waiting >= self.most_waiting:
+            raise Busy(f"{len(self.live)} requests are spoken and {waiting} wait; try again later")
         self.waiting.append(job)
         self.woken.set()
 
@@ -275,11 +277,19 @@ def heard(content: bytes) -> np.ndarray:
     return read_audio(content)[0]
 
 
-async def streamed(job: Job, container: str) -> Response:
+async def streamed(job: Job, container: str, request: Request) -> Response:
     """A response that begins once there are samples, so that an error before them has its own status. A client that
-    hangs up ends it, also while a whole file is collected."""
+    hangs up ends it, also while it waits for its turn or a whole file is collected."""
     parts = pcm_of(job)
-    first = await anext(parts, b"")
+    begun, gone = asyncio.ensure_future(anext(parts, b"")), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({begun, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not begun.done():
+            return Response(status_code=499)  # nobody reads it
+    finally:  # nothing for what is done
+        begun.cancel()
+        gone.cancel()
+    first = begun.result()
 
     async def body() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(parts):
@@ -304,6 +314,26 @@ def failure(status: int, message: str, param: str | None = None) -> JSONResponse
     return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == 429 else None)
 
 
+class Limited:
+    """Refuses bodies that are too long, unread. Not one of Starlette's own, behind which a response that breaks off
+    with an error looks whole."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self.refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def refusal(self, request: Request) -> Response | None:
+        length = request.headers.get("content-length", "0")
+        if request.method == "POST" and (not length.isdigit() or "content-length" not in request.headers):
+            return failure(411, "a body needs its length")
+        if int(length) > MOST_BYTES:
+            return failure(413, f"the body has {length} bytes, at most {MOST_BYTES} are taken")
+        return None
+
+
 class Talks:
     """Conversations of the page, each by a name that the page has chosen."""
 
@@ -325,8 +355,11 @@ class Talks:
         return self.kept[name]
 
     def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
-        """A conversation in which the speaker was heard in that voice. ValueError for one that is not there; where no
-        voice was collected every name means the model's own, as clients of OpenAI's endpoint must name one."""
+        """A conversation in which the speaker was heard in that voice, or from now on in none. ValueError for one that
+        is not there; where no voice was collected every name means the model's own, as clients of OpenAI's endpoint
+        must name one."""
+        if voice == NO_VOICE:
+            talk.unpin(speaker)
         if self.voices and voice not in (None, "", NO_VOICE):
             if voice not in self.voices:
                 raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
@@ -346,14 +379,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
     app = FastAPI(title="Conversational Speech Model", openapi_url=None)
     talks, began = Talks(engine, voices), int(time.time())
 
-    @app.middleware("http")
-    async def limit(request: Request, forward):
-        length = request.headers.get("content-length", "0")
-        if request.method == "POST" and (not length.isdigit() or "content-length" not in request.headers):
-            return failure(411, "a body needs its length")
-        if int(length) > MOST_BYTES:
-            return failure(413, f"the body has {length} bytes, at most {MOST_BYTES} are taken")
-        return await forward(request)
+    app.add_middleware(Limited)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
@@ -390,15 +416,15 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         return {"voices": [NO_VOICE, *voices], "replies": engine.model.config.text_head}
 
     @app.post("/v1/audio/speech")
-    async def speech(wanted: SpeechRequest) -> Response:
+    async def speech(wanted: SpeechRequest, request: Request) -> Response:
         seed = engine.voice.seed if wanted.seed is None else wanted.seed
         texts = turns_of(wanted.input, engine.voice.raw_text)
         job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), 0, texts)
         studio.submit(job)
-        return await streamed(job, wanted.response_format)
+        return await streamed(job, wanted.response_format, request)
 
     @app.post("/talk/{name}/say")
-    async def say(name: str, wanted: SayRequest) -> Response:
+    async def say(name: str, wanted: SayRequest, request: Request) -> Response:
         texts: list[str | None] = [None]
         if wanted.text is not None:
             texts = list(turns_of(wanted.text, engine.voice.raw_text))
@@ -408,7 +434,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
 
         job = Job(talk, wanted.speaker, texts, live=True)
         studio.submit(job)
-        return await streamed(job, "pcm")
+        return await streamed(job, "pcm", request)
 
     @app.post("/talk/{name}/hear")
     async def hear(name: str, request: Request, speaker: Annotated[int, Query(ge=0, le=99)] = 0) -> dict:

@@ -286,6 +286,35 @@ def test_who_hangs_up_is_spoken_to_no_longer(server, container):
     assert server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "response_format": "pcm"})[0] == 200
 
 
+def test_who_hangs_up_before_the_first_sample_makes_room(engine):
+    with contextlib.closing(Running(engine, {}, waiting=1)) as running:
+        free = threading.Event()
+        running.studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
+        running.studio.woken.set()
+        until(lambda: not running.studio.calls)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)) as connection:
+            asked = json.dumps({"input": "Hi."})
+            until(lambda: running.thread.is_alive() and running.server.started)
+            connection.request("POST", "/v1/audio/speech", asked, {"Content-Type": "application/json"})
+            (job,) = until(lambda: list(running.studio.waiting))
+            assert running.error("/v1/audio/speech", {"input": "Hi."})[0] == 429 and not job.cancelled
+        until(lambda: job.cancelled)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            later = pool.submit(running.ask, "POST", "/v1/audio/speech", {"input": "Hi."})
+            until(lambda: len(running.studio.waiting) == 2)
+            free.set()
+            assert later.result()[0] == 200
+        assert running.idle() and job.conversation is None, "nothing was done for who had left"
+
+
+def test_who_chooses_no_voice_is_held_to_none(server, monkeypatch):
+    jobs, submit, name = [], server.studio.submit, next(iter(server.voices))
+    monkeypatch.setattr(server.studio, "submit", lambda job: jobs.append(job) or submit(job))
+    for chosen, pinned in ((name, 1), (None, 1), (speech_server.NO_VOICE, 0)):
+        assert server.ask("POST", "/talk/plain/say", {"text": "Hi.", "voice": chosen})[0] == 200 and server.idle()
+        assert len(jobs[-1].conversation.voices) == pinned
+
+
 def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(server, monkeypatch):
     draw, speakers = server.studio.together._draw, 2
 
@@ -306,6 +335,24 @@ def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(ser
         assert broken or each.result()[0] == 500, error or each.result()
     assert server.studio.thread.is_alive() and server.idle()
     assert server.ask("POST", "/v1/audio/speech", {"input": "Hi."})[0] == 200
+
+
+@pytest.mark.parametrize("container", ["wav", "mp3"])
+def test_a_response_that_breaks_off_does_not_look_whole(server, monkeypatch, container):
+    draw, calls = server.studio.together._draw, []
+
+    def fail_later(asked):
+        calls.append(asked)
+        if len(calls) > 8:
+            raise MemoryError("no room")
+        return draw(asked)
+
+    monkeypatch.setattr(server.studio.together, "_draw", fail_later)
+    response = server.connect("POST", "/v1/audio/speech", {"input": LONG * 8, "response_format": container})
+    assert response.status == 200
+    with pytest.raises(http.client.IncompleteRead):
+        response.read()
+    assert server.idle()
 
 
 def test_who_interrupts_may_speak_at_once(server):
