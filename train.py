@@ -65,7 +65,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--precision", help="fp32, bf16, or auto: bf16 from tiny on, else the faster (default: auto)")
+    parser.add_argument("--precision", help="fp32, bf16, or auto: the faster one here (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch, 0 = torch's choice (default: 0)")
     parser.add_argument(
         "--asr", help="recogniser of --speak_every: bundled or a faster-whisper model (default: bundled)"
@@ -94,8 +94,7 @@ def settings_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) ->
     settings = {**recipe(args.model_size, bool(args.init_from)), **given}
     if "lr" in given and "min_lr" not in given:
         settings["min_lr"] = given["lr"] / 10
-    precision = "bf16" if args.precision == "auto" and settings.get("bf16") else args.precision
-    settings["bf16"] = ranks.from_first(choose_bf16(precision, device, args.out) if ranks.first else None)
+    settings["bf16"] = ranks.from_first(choose_bf16(args.precision, device, args.out) if ranks.first else None)
     return TrainConfig(**settings)
 
 

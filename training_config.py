@@ -149,7 +149,7 @@ HELP = {
 # History corruption and dropout are for the small sizes, which see little data many times.
 SMALL_DATA = {"dropout": 0.1, "drop_frames": 0.5, "replace_codes": 0.1, "shallow": 0.3, "semantic_share": 0.25}
 OFTEN = {"max_steps": 5000, "warmup": 100, "save_every": 100, "eval_every": 100, "eval_rows": 4}
-LARGE = {"max_steps": 50_000, "warmup": 1000, "row_positions": 2048, "bf16": True, "save_every": 500}
+LARGE = {"max_steps": 50_000, "warmup": 1000, "row_positions": 2048, "save_every": 500}
 LARGE |= {"eval_every": 500, "eval_rows": 32, "guidance_steps": 5000}
 RECIPES: dict[str, dict] = {
     "nano": {**SMALL_DATA, **OFTEN, "lr": 1e-3, "min_lr": 1e-4},
