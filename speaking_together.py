@@ -6,6 +6,7 @@ the backbone, where each attends its own past. A conversation says what it would
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Hashable, Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ class Together:
         self.steps: dict = {}
         self.waiting: dict[Hashable, Wanted] = {}
         self.unread: dict[Hashable, Unread] = {}
+        self.states: dict[Hashable, Tensor] = {}  # (1, D) of those whose rows have been read in this round
 
     def begin(
         self, name: Hashable, talk: Conversation, speaker: int, text: str | None, gap_seconds: float = 0.0
@@ -39,7 +41,11 @@ class Together:
         self.waiting.pop(name, None)
         self.unread.pop(name, None)
         self.talks.pop(name, None)
+        state = self.states.pop(name, None)
         if (steps := self.steps.pop(name, None)) is not None:
+            if state is not None:  # else the row would be read once more
+                with contextlib.suppress(StopIteration):
+                    steps.send(state)
             steps.close()
 
     def round(self, resting: Collection[Hashable] = ()) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
@@ -51,13 +57,10 @@ class Together:
         codes = self._draw({name: self.waiting.pop(name) for name in names if name in self.waiting})
         for name in names:
             yield from self._advance(name, codes.get(name))
-        unread = {name: self.unread.pop(name) for name in names if name in self.unread}
-        if unread:
-            inference = self.talks[next(iter(unread))].speaker.inference
-            with torch.inference_mode():
-                states = inference.hidden_of_several(*zip(*unread.values(), strict=True))  # (N, 1, D)
-            for name, state in zip(unread, states, strict=True):
-                yield from self._advance(name, state)
+        self._read({name: self.unread.pop(name) for name in names if name in self.unread})
+        while self.states:
+            name = next(iter(self.states))
+            yield from self._advance(name, self.states.pop(name))
 
     def _advance(self, name: Hashable, sent: Tensor | None) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
         """Let one go on, with what it has waited for, until it waits again or is done."""
@@ -78,6 +81,13 @@ class Together:
         except Exception as error:
             self.stop(name)
             yield name, error
+
+    def _read(self, unread: dict[Hashable, Unread]) -> None:
+        if unread:
+            inference = self.talks[next(iter(unread))].speaker.inference
+            with torch.inference_mode():
+                states = inference.hidden_of_several(*zip(*unread.values(), strict=True))  # (N, 1, D)
+            self.states = dict(zip(unread, states, strict=True))
 
     def _draw(self, asked: dict[Hashable, Wanted]) -> dict[Hashable, Tensor]:
         """The codes that are asked for: together those that begin and end with the same codebook."""

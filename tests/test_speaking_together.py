@@ -140,6 +140,25 @@ def test_who_reads_may_stop_a_speaker(tokenizer):
     assert len(found) == 1 and len(talk.turns[-1].codes) >= 1
 
 
+def test_who_is_stopped_when_its_row_has_been_read_holds_it_once(tokenizer):
+    """The first one ends with the pass that has just read the rows of the others."""
+    inference = InferenceModel(tiny_model())
+    together, everyone = Together(), [talks(inference, tokenizer)[number] for number in (2, 0, 1)]
+    for name, talk in enumerate(everyone):
+        together.begin(name, talk, 0, TEXTS[1])
+    while len(together):
+        for name, found in together.round():
+            if found is None and name == 0:
+                assert together.states, "nobody's row has been read"
+                together.stop(1)
+                together.stop(2)
+    for talk in everyone:
+        assert talk.cache.keys.length == talk.clock.position
+        again = Conversation(inference, tokenizer, TEXT, sampling=SHORT)
+        again.add_turn(0, TEXTS[1], codes=talk.turns[-1].codes)
+        assert again.clock.position == talk.clock.position
+
+
 def test_the_error_of_one_ends_that_one_only(tokenizer):
     inference = InferenceModel(tiny_model())
     together, (good, bad, twice, *_) = Together(), talks(inference, tokenizer)
