@@ -94,7 +94,8 @@ CONVERSATION_METRICS = {
         unit="standard deviations",
         better="lower",
         definition="Wasserstein-1 distance between the values of two sets of turns, in standard deviations of the "
-        "human set; mean over pitch (less the speaker's median), spread of pitch and level, rate and pause share.",
+        "human set (at least 0.5 st, 0.3 st, 0.5 dB, 0.5 characters/s, 0.02); mean over pitch (less the speaker's "
+        "median), spread of pitch and level, rate and pause share.",
         reference="two halves of the same speech; 1 is a shift by one human standard deviation",
         source="after TTSDS (arXiv 2407.12707), with human units in place of a noise anchor",
         needs=("parselmouth", "scipy"),
@@ -212,7 +213,9 @@ CONVERSATION_METRICS = {
         source="as the gap",
     ),
 }
-DISTRIBUTED = ("pitch", "pitch_spread", "level_spread", "rate", "pause_share")  # what `prosody_distance` compares
+# What `prosody_distance` compares, and the least standard deviation it believes: a few turns may be alike by chance
+LEAST_SPREAD = {"pitch": 0.5, "pitch_spread": 0.3, "level_spread": 0.5, "rate": 0.5, "pause_share": 0.02}
+DISTRIBUTED = tuple(LEAST_SPREAD)
 
 
 # ---- one turn --------------------------------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def prosody_distance(ours: Sequence[tuple[str, Prosody]], human: Sequence[tuple[
     distances = []
     for feature in DISTRIBUTED:
         values = [_values(turns, feature) for turns in (ours, human)]
-        unit = max(float(values[1].std()), 1e-3)
+        unit = max(float(values[1].std()), LEAST_SPREAD[feature])
         distances.append(wasserstein(*values) / unit)
     return float(np.mean(distances))
 

@@ -92,6 +92,12 @@ def test_rank_correlation():
         cm.rank_correlation(rising[2:], rising[2:])
 
 
+def test_human_turns_that_are_alike_by_chance_are_no_unit():
+    alike = [("a", prosody())] * 4
+    shifted = [("a", prosody(pause_share=1.1, rate=2.0))] * 4
+    assert cm.prosody_distance(shifted, alike) == pytest.approx((0.1 / 0.02 + 1.0 / 0.5) / 5)
+
+
 def test_prosody_distance_is_a_shift_in_human_units():
     random = np.random.default_rng(0)
     human = [("a", prosody(**dict.fromkeys(cm.DISTRIBUTED, x))) for x in random.normal(5, 2, 400)]
