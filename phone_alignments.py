@@ -121,12 +121,14 @@ def align_clips(clips: Sequence[Clip], folder: Path) -> list[list[Interval]]:
     aligner, found, without = Aligner(), [], Counter()
     for clip in tqdm(clips, desc="aligning phones", unit="clip"):
         path = folder / file_name(clip.utt_id)
-        intervals = read_phones(path) if path.is_file() else aligner.align(clip)
-        if isinstance(intervals, str):
-            without[intervals] += 1
-        elif not path.is_file():
+        if not path.is_file():
+            intervals = aligner.align(clip)
+            if isinstance(intervals, str):
+                without[intervals] += 1
+                found.append([])
+                continue
             write_phones(path, intervals, len(clip.pcm) / SAMPLE_RATE)
-        found.append([] if isinstance(intervals, str) else intervals)
+        found.append(read_phones(path))  # also what was just written: a run that goes on must be told the same
     reasons = ", ".join(f"{n} {reason}" for reason, n in without.most_common())
     if without.total() == len(clips):
         raise ValueError(f"no clip has phones ({reasons or 'no clips'}); put TextGrids into {folder}")

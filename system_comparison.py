@@ -59,8 +59,8 @@ from speech_sources import load, read_recordings
 
 AGAINST_REFERENCE = ("pitch_contour", "emotional_coherence", "emotion_agreement", "speaker_similarity")  # turn by turn
 OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall", *RECALLED)  # that were written for them
-OF_TIMES = ("first_audio", "real_time_factor")  # that the system itself wrote down
 TIMES = {"seconds_to_first_audio": "first_audio", "real_time_factor": "real_time_factor"}  # in a batch's results
+OF_TIMES = tuple(TIMES.values())  # that the system itself wrote down
 FLIPS = 10_000  # of the signs of the differences
 RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"

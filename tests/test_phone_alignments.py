@@ -106,7 +106,7 @@ def test_alignments_are_made_once_and_those_of_others_are_kept(tmp_path, monkeyp
     monkeypatch.setattr(phone_alignments.Aligner, "align", lambda *_: pytest.fail("aligned again"))
     again = align_clips([clip, clip._replace(utt_id="theirs")], tmp_path)
     assert [each.phone for each in again[0] if each.phone] == [each.phone for each in first[0] if each.phone]
-    assert again[1] == first[1]
+    assert again == first  # silence at the end included: a resumed run learns from the same labels
 
 
 def test_clips_that_cannot_be_aligned_are_counted_with_the_reason(tmp_path, capsys):
