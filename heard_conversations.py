@@ -98,6 +98,11 @@ def turns_of(conversation: Conversation, audio: dict[str, np.ndarray], most: int
     return [Turn(record.speaker_id, record.text, audio[record.utt_id], record.start_s) for record in records]
 
 
+def timed(turns: Turns) -> bool:
+    """Whether somebody wrote down when all the turns begin; where not, no metric of the gaps is measurable."""
+    return all(turn.start is not None for turn in turns)
+
+
 def hash_of(turns: Turns) -> str:
     digest = hashlib.sha256()
     for turn in turns:
@@ -241,7 +246,7 @@ class Heard:
     @functools.cached_property
     def spans(self) -> list[cm.Span]:
         """NotMeasurable: nobody wrote down when the turns begin."""
-        if any(turn.start is None for turn in self.turns):
+        if not timed(self.turns):
             raise NotMeasurable("nothing says when the turns begin")
         return [cm.Span(turn.speaker, turn.start, turn.end) for turn in self.turns]
 
@@ -250,20 +255,20 @@ class Heard:
         return cm.gaps(self.spans)
 
     def turn_seconds(self) -> float:
-        if all(turn.start is not None for turn in self.turns):
+        if timed(self.turns):
             return float(np.median([span.end - span.start for span in cm.whole_turns(self.spans)]))
         return float(np.median([len(turn.samples) / SAMPLE_RATE for turn in self.turns]))
 
     def first_audio(self) -> float:
         """Median over the turns. NotMeasurable: not timed."""
-        return float(np.median(self.timed(lambda turn: turn.first_audio)))
+        return float(np.median(self.clocked(lambda turn: turn.first_audio)))
 
     def real_time_factor(self) -> float:
         """Of all turns together. NotMeasurable: not timed."""
-        factors = self.timed(lambda turn: turn.real_time_factor)
+        factors = self.clocked(lambda turn: turn.real_time_factor)
         return float(np.average(factors, weights=[len(turn.samples) for turn in self.turns if len(turn.samples)]))
 
-    def timed(self, value: Callable[[Turn], float | None]) -> list[float]:
+    def clocked(self, value: Callable[[Turn], float | None]) -> list[float]:
         """Of the turns in which something was said."""
         found = [value(turn) for turn in self.turns if len(turn.samples)]
         if not found or None in found:

@@ -42,6 +42,7 @@ from heard_conversations import (
     hash_of,
     in_processes,
     kept_lines,
+    timed,
     turns_of,
 )
 from speech_metrics import NotMeasurable
@@ -110,11 +111,6 @@ def emotion_shuffled(turns: Turns, severity: float, lots: np.random.Generator) -
         for place, sound in zip(places, moved, strict=True):
             sounds[place] = sound
     return [same_sound(sound, start=turn.start) for turn, sound in zip(turns, sounds, strict=True)]
-
-
-def timed(turns: Turns) -> bool:
-    """Whether somebody wrote down when all the turns begin; where not, no metric of the gaps is measurable."""
-    return all(turn.start is not None for turn in turns)
 
 
 def gaps_longer(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:

@@ -13,12 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, resample
+from audio import SAMPLE_RATE, resample, to_pcm16
 from command_line import MissingRequirement
 
 TIER = "phones"
@@ -38,6 +38,17 @@ class Clip(NamedTuple):
     lang: str  # BCP-47
     text: str
     pcm: np.ndarray  # (N,) int16 at 24 kHz
+
+
+def tokens_of(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def hear(decoder: Any, pcm: bytes) -> None:
+    """Let a pocketsphinx decoder go through all of an utterance, 16-bit samples at `RATE`."""
+    decoder.start_utt()
+    decoder.process_raw(pcm, full_utt=True)
+    decoder.end_utt()
 
 
 def file_name(utt_id: str) -> str:
@@ -83,18 +94,17 @@ class Aligner:
 
     def align(self, clip: Clip) -> list[Interval] | str:
         """Intervals, or why there are none."""
-        words = re.findall(r"[a-z']+", clip.text.lower())
+        words = tokens_of(clip.text)
         if not clip.lang.startswith("en") or any(character.isdigit() for character in clip.text):
             return "not English in letters"
         if not words or any(self.decoder.lookup_word(word) is None for word in words):
             return "with a word the dictionary lacks"
-        sound = resample(clip.pcm / np.float32(32768), SAMPLE_RATE, RATE)
-        pcm = (sound.clip(-1, 1) * 32767).astype("<i2").tobytes()
+        pcm = to_pcm16(resample(clip.pcm / np.float32(32768), SAMPLE_RATE, RATE)).astype("<i2").tobytes()
         try:
             self.decoder.set_align_text(" ".join(words))
-            self._hear(pcm)
+            hear(self.decoder, pcm)
             self.decoder.set_alignment()  # of phones, within the words found
-            self._hear(pcm)
+            hear(self.decoder, pcm)
             phones = [
                 (phone.start, phone.start + phone.duration, phone.name)
                 for phone in self.decoder.get_alignment().phones()
@@ -102,11 +112,6 @@ class Aligner:
         except (RuntimeError, AttributeError):  # how it says that the words are not to be found in the sound
             return "whose text is not what is heard"
         return [Interval(begin * STEP_S, end * STEP_S, named(name)) for begin, end, name in phones]
-
-    def _hear(self, pcm: bytes) -> None:
-        self.decoder.start_utt()
-        self.decoder.process_raw(pcm, full_utt=True)
-        self.decoder.end_utt()
 
 
 def align_clips(clips: Sequence[Clip], folder: Path) -> list[list[Interval]]:

@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,10 @@ import numpy as np
 from audio import SAMPLE_RATE, resample
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
+from phone_alignments import RATE, hear, tokens_of
 from speech_metrics import EVALUATION_PACKAGES, Metric, NotMeasurable, require_speech
 
 SENTENCES = Path(__file__).parent / "corpus" / "pronunciation.json"
-RATE = 16000  # Hz, of the acoustic model
 RELIABLE = 0.8  # share of known audio heard right, below which a word is not asked for
 LEAD_SECONDS = 0.1  # of silence around a turn: the first and the last word need some
 
@@ -117,10 +116,6 @@ def _read() -> tuple[dict[str, Word], dict[str, Asked], dict[str, tuple[str, ...
     return found, asked, spoken
 
 
-def tokens_of(text: str) -> list[str]:
-    return re.findall(r"[a-z']+", text.lower())
-
-
 class PronunciationReader:
     """Forced choice between the two pronunciations of a word; about 0.1 s per second of speech."""
 
@@ -164,9 +159,7 @@ class PronunciationReader:
         """None: not even the word at `place` is reached."""
         self.decoder.add_jsgf_string("sentence", f"#JSGF V1.0;\ngrammar g;\npublic <s> = {' '.join(spoken)};\n")
         self.decoder.activate_search("sentence")
-        self.decoder.start_utt()
-        self.decoder.process_raw(pcm, full_utt=True)
-        self.decoder.end_utt()
+        hear(self.decoder, pcm)
         found = self.decoder.hyp()
         if found is None or spoken[place] not in found.hypstr.split():
             return None
