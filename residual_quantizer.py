@@ -67,6 +67,7 @@ class ResidualQuantizer(nn.Module):
             for _ in range(n_levels)
         )
         self.n_codes = n_codes
+        self._books: tuple[list, Books] | None = None  # with the versions of the codebooks they were made from
 
     def forward(self, x: Tensor, depth: Tensor, live: Tensor | None = None) -> Quantized:
         """(B, T, D) and how many levels each sample keeps (B,). In training mode this moves the codebooks.
@@ -104,9 +105,13 @@ class ResidualQuantizer(nn.Module):
             return sum(code * kept[..., k, None] for k, code in enumerate(chosen))
 
     def books(self, dtype: torch.dtype) -> Books:
-        """What `encode` needs, as it is now."""
-        codes = torch.stack([level.codebook.detach().to(dtype) for level in self.levels])  # (K, V, D)
-        return Books(codes, codes.square().sum(dim=2))
+        """The codebooks as they are now, in one piece; kept until one moves or another precision is asked for."""
+        books = [level._codebook.embed for level in self.levels]  # (1, V, D) each
+        version = [dtype, *((book.data_ptr(), book._version) for book in books)]
+        if self._books is None or self._books[0] != version:
+            codes = torch.cat(books).to(dtype)  # (K, V, D)
+            self._books = version, Books(codes, codes.square().sum(dim=2))
+        return self._books[1]
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, K) int64"""
@@ -114,7 +119,8 @@ class ResidualQuantizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T, K') codes of the first K' levels -> (B, T, D)"""
-        return sum(level.codebook[codes[..., k]] for k, level in enumerate(self.levels[: codes.size(-1)]))
+        first = torch.arange(codes.size(-1), device=codes.device) * self.n_codes
+        return self.books(torch.float32).codes.flatten(0, 1)[codes + first].sum(dim=-2)
 
     @torch.no_grad()
     def fit(self, vectors: Tensor, batch_tokens: int, generator: torch.Generator, *, anew: bool = True) -> None:

@@ -43,6 +43,7 @@ OVERLAP = FFT // HOP - 1  # a fine frame shares samples with the next 3
 DELAY_SAMPLES = FFT - HOP  # the decoder's output lags its codes by 720 samples, 30 ms
 KERNEL = 7  # frames seen by a depthwise convolution
 LOG_MEL_FLOOR = 1e-5
+FEW_FRAMES = 128  # up to here a depthwise convolution takes longer to start than to compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +117,15 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, padded: Tensor) -> Tensor:
         """(B, KERNEL - 1 + F, D) -> (B, F, D)"""
-        x = self.taps(padded) if padded.dtype == torch.float64 else self.mix(padded.transpose(1, 2)).transpose(1, 2)
+        few = padded.size(1) < FEW_FRAMES and not torch.is_grad_enabled()
+        by_windows = few or padded.dtype == torch.float64
+        x = self.windows(padded) if by_windows else self.mix(padded.transpose(1, 2)).transpose(1, 2)
         return self.scale * self.contract(F.gelu(self.expand(self.norm(x))))
 
-    def taps(self, padded: Tensor) -> Tensor:
-        """`mix` tap by tap: torch has no fast depthwise convolution in float64."""
-        n_frames = padded.size(1) - KERNEL + 1
-        x = self.mix.bias.expand(len(padded), n_frames, -1)
-        for k, weight in enumerate(self.mix.weight[:, 0].T):  # (D,)
-            x = torch.addcmul(x, padded[:, k : k + n_frames], weight)
-        return x
+    def windows(self, padded: Tensor) -> Tensor:
+        """`mix` as a sum over windows: no depthwise convolution of torch is fast in float64, or on a few frames."""
+        seen = padded.unfold(1, KERNEL, 1).transpose(2, 3)  # (B, F, KERNEL, D)
+        return (seen * self.mix.weight[:, 0].T.contiguous()).sum(dim=2) + self.mix.bias
 
 
 class Disguise(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ from codec_training import (
 from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
 from conversations import load_clips
 from phone_alignments import Clip, align_clips
-from ranks import Ranks, join_ranks, pick_device
+from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
 from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import save_tokenizer
@@ -184,15 +185,19 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, 
     return Crops(clips), held_out, Utterances(transcribed), turns
 
 
-def align(utterances: Utterances, turns: Sequence[TurnRecord], folder: Path) -> None:
-    """Let the utterances know which phone is spoken when."""
+def align(utterances: Utterances, turns: Sequence[TurnRecord], folder: Path) -> str:
+    """Let the utterances know which phone is spoken when; 16 hexadecimal digits that stand for all they were told."""
     own = [(turns[item.clip], item.pcm) for item in utterances.items]
     utterances.add_phones(align_clips([Clip(turn.utt_id, turn.lang, turn.text, pcm) for turn, pcm in own], folder))
+    told = b"".join(item.phones.tobytes() for item in utterances.items)
+    return hashlib.sha256(" ".join(utterances.phones).encode() + told).hexdigest()[:16]
 
 
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:
     """Start, resume or skip the run in `out`; the exit code."""
     previous = read_settings(out)
+    if previous is None and config.precision == "bf16" and ranks.first:
+        warn_of_slow_bf16(device)
     config = as_measured(config, previous)
     fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if (out / RESULTS).is_file():
@@ -202,14 +207,15 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
             report(out)
         return EXIT_DONE
     crops, held_out, utterances, turns = load_audio(data, config.seed)
-    digest = data_digest(data)
-    refuse_other_settings(out, {**fixed, "data": digest})
+    learnt_from = {"data": data_digest(data)}
+    refuse_other_settings(out, {**fixed, **learnt_from})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
         folder = data / "teacher"
         utterances.add_features(ranks.first_then_others(lambda: teacher_features(clips, folder, config.teacher)))
     if config.phone_weight and utterances.items:
-        ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
+        learnt_from["phones"] = ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
+        refuse_other_settings(out, learnt_from)
     run = build_run(config, crops, held_out, device, utterances, ranks)
     precision, threads = fastest(run)
     run.config = dataclasses.replace(config, precision=precision, threads=threads)
@@ -230,7 +236,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
         f"{ranks.n} process(es) of {threads} thread(s), {device}, from step {run.step} of {config.max_steps}"
     )
-    log = RunLog(out, {**dataclasses.asdict(run.config), "data": digest}, run.step)
+    log = RunLog(out, {**dataclasses.asdict(run.config), **learnt_from}, run.step)
     with contextlib.closing(log), StopSignals() as stop:
         stopped = train(run, log, lambda: save_state(out, run.step, run.state()), stop)
     if stopped and run.step < config.max_steps:

@@ -30,7 +30,7 @@ from fine_tuning import merged_state
 from frames import IGNORE, Rows, send
 from history_corruption import Corruption, corrupt
 from parallel import begin_moments, distribute, gather, restore, training_state, whole
-from ranks import Ranks
+from ranks import Ranks, bf16_speed, warn_of_slow_bf16
 from run_folder import RunLog, read_settings, refuse_other_settings
 from spoken_validation import SpokenValidation
 from training_config import TrainConfig, lr_at, term_weights
@@ -82,23 +82,14 @@ def choose_bf16(precision: str, device: torch.device, folder: Path) -> bool:
     """'fp32', 'bf16', or 'auto': what the run in `folder` began with, else the faster one, measured by a product."""
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision={precision} is not one of auto, fp32, bf16")
-    previous = read_settings(folder)
     if precision != "auto":
+        if precision == "bf16":
+            warn_of_slow_bf16(device)
         return precision == "bf16"
+    previous = read_settings(folder)
     if previous is not None and "bf16" in previous.get("train", {}):
         return previous["train"]["bf16"]
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, dtype=dtype)
-        rounds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            matrix @ matrix
-            rounds.append(time.perf_counter() - began)
-        seconds[dtype] = min(rounds)
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+    return bf16_speed(device) > 1.4
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ranks
 from codec_batches import Crops
 from codec_training import TrainConfig, build_run
 from ranks import Ranks, join_ranks
@@ -177,3 +178,11 @@ def test_two_processes_learn_the_continuous_codec_of_one_and_go_on_as_one(shared
 def test_a_failing_process_ends_all_with_the_reason(shared_data, tmp_path):
     done = train_on(2, shared_data, tmp_path, batch_size=3)
     assert done.returncode != 0 and "must be a multiple of the 2 processes" in done.stderr
+
+
+def test_who_asks_for_bf16_where_it_is_slower_is_told_so(monkeypatch, capsys):
+    assert 0 < ranks.bf16_speed(torch.device("cpu")) < float("inf")
+    for speed in (0.2, 1.5):
+        monkeypatch.setattr(ranks, "bf16_speed", lambda device, speed=speed: speed)
+        ranks.warn_of_slow_bf16(torch.device("cpu"))
+        assert ("5.0 times as long" in capsys.readouterr().out) == (speed < 1)

@@ -33,6 +33,7 @@ from codec_training import (
     train_step,
 )
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
+from conversations import load_clips
 from phone_alignments import Interval, file_name, write_phones
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
@@ -310,6 +311,16 @@ def test_stopped_run_with_semantic_supervision_goes_on_to_the_same_weights(whole
     for told in ("train/characters", "train/phones"):
         values = [record[told] for record in read_metrics(cut) if told in record]
         assert len(values) == STEPS and np.isfinite(values).all() and min(values) > 0
+
+
+def test_a_run_goes_on_with_the_phones_it_began_with_or_not_at_all(aligned_data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, signal.SIGTERM)
+        assert run(main, arguments(aligned_data, tmp_path / "out", **SUPERVISED)) == EXIT_SIGTERM
+    turn = load_clips(aligned_data, "train", seed=0)[0][0]
+    write_phones(aligned_data / "phones" / file_name(turn.utt_id), [Interval(0, 0.3, "B")], turn.duration_s)
+    assert run(main, arguments(aligned_data, tmp_path / "out", **SUPERVISED)) == EXIT_INPUT
+    assert "was started with phones=" in capsys.readouterr().err
 
 
 def test_semantic_supervision_without_texts_is_refused():
