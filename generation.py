@@ -290,15 +290,30 @@ class Conversation:
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
     ) -> str:
         """Hear a turn and write down what was said. ValueError for a model without a text head."""
+        steps, sent = self.listening(speaker, samples=samples, codes=codes, gap_seconds=gap_seconds), None
+        while True:
+            try:
+                sent = self._done(steps.send(sent))
+            except StopIteration as end:
+                return end.value
+
+    def listening(
+        self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
+    ) -> Generator[Unread, Tensor | None, str]:
+        """`listen` for who lets several share their passes, as `steps`. A turn whose hearing is broken off was none."""
         self._need_text_head("listen")
         codes, samples = self._heard(samples, codes)
         prompt = turn_prompt(self.text_tokenizer, speaker)
         self._make_room(self.layout.turn_length(len(prompt) + self.sampling.max_text_ids, len(codes)))
         before = self.standing()
         turn = Turn(list(prompt), codes, len(prompt), "listen", gap_seconds * FRAME_RATE)
-        hidden = self._read(self.layout.turn_rows(turn, self.clock, ends=False))
-        while turn.text_ids[-1] != self.text_tokenizer.eos:
-            hidden = self._write_id(turn, hidden)
+        try:
+            hidden = self._read(self.layout.turn_rows(turn, self.clock, ends=False))
+            while turn.text_ids[-1] != self.text_tokenizer.eos:
+                hidden = yield Unread(self._write_id(turn, hidden), self.cache)
+        except BaseException:
+            self.restore(self.kept, *before)
+            raise
         self.layout.end_turn(turn, self.clock)
         text = turn_text(self.text_tokenizer, speaker, turn.text_ids)
         self._keep(turn._replace(prosody=self._prosody(samples, len(text))), before)
@@ -315,12 +330,8 @@ class Conversation:
         with contextlib.closing(self.steps(speaker, text, gap_seconds)) as steps, contextlib.suppress(StopIteration):
             while True:
                 found = steps.send(sent)
-                if isinstance(found, Wanted):
-                    sent = self.speaker.continue_frames(*found)
-                elif isinstance(found, Unread):
-                    sent = self._states(*found)
-                else:
-                    sent = None
+                sent = self._done(found) if isinstance(found, Wanted | Unread) else None
+                if sent is None:
                     yield found
 
     def steps(
@@ -348,7 +359,9 @@ class Conversation:
                 if len(frames.first) % self.layout.frames_per_chunk == 0:
                     for _ in range(self.layout.text_per_chunk):
                         if turn.text_ids[-1] != self.text_tokenizer.eos:
-                            hidden = self._write_id(turn, hidden)
+                            frames.unread = self._write_id(turn, hidden)
+                            hidden = yield Unread(frames.unread, self.cache)
+                            frames.unread = None
                 written = turn.text_ids[-1] == self.text_tokenizer.eos
                 may_end = written and len(frames.first) >= self.sampling.min_frames
                 self.ended = not frames.begin(hidden, (yield self.speaker.begin_frame(hidden, may_end)))
@@ -449,14 +462,18 @@ class Conversation:
         return prosody_features(samples, n_characters)
 
     @torch.inference_mode()
-    def _write_id(self, turn: Turn, hidden: Tensor) -> Tensor:
-        """Draw the next text id of a turn under way and read it; the last of `max_text_ids` is the end of the text."""
+    def _write_id(self, turn: Turn, hidden: Tensor) -> Rows:
+        """Draw the next text id of a turn under way; its row. The last of `max_text_ids` is the end of the text."""
         s, first = self.sampling, len(turn.text_ids)
         logits = self.model.text_logits(hidden)
         logits[:, self.text_tokenizer.bos] = -torch.inf
         choice = int(draw(logits, s.text_temperature, s.text_top_k, self.speaker.generator))
         turn.text_ids.append(choice if first - turn.n_prompt < s.max_text_ids - 1 else self.text_tokenizer.eos)
-        return self._read(self.layout.text_rows(turn.text_ids[-1:], turn.n_prompt, self.clock, first))
+        return self._on_device(self.layout.text_rows(turn.text_ids[-1:], turn.n_prompt, self.clock, first))
+
+    def _done(self, asked: Wanted | Unread) -> Tensor:
+        """What a turn under way waits for, for this conversation alone."""
+        return self.speaker.continue_frames(*asked) if isinstance(asked, Wanted) else self._states(*asked)
 
     def _close(self, turn: Turn, speaker: int, frames: _Frames, before: tuple) -> None:
         """Read the rows that end a turn and let it join the conversation."""

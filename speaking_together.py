@@ -1,4 +1,4 @@
-"""Several conversations that speak at once: one pass of each stage for all that wait.
+"""Several conversations that speak or listen at once: one pass of each stage for all that wait.
 
 Most of a frame's time goes into moving weights, which N conversations share: those of the depth decoder, and those of
 the backbone, where each attends its own past. A conversation says what it would alone, but for rounding.
@@ -7,7 +7,7 @@ the backbone, where each attends its own past. A conversation says what it would
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Generator, Hashable, Iterator
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from generation import Conversation, Unread, Wanted
 
+Happened = tuple[Hashable, np.ndarray | str | Exception | None]
+
 
 class Together:
-    """Turns under way, of conversations that share an `InferenceModel`; others may join at any time."""
+    """Turns under way, spoken or heard, of conversations with one `InferenceModel`; others may join at any time."""
 
     def __init__(self) -> None:
         self.talks: dict[Hashable, Conversation] = {}
@@ -26,18 +28,17 @@ class Together:
         self.unread: dict[Hashable, Unread] = {}
         self.states: dict[Hashable, Tensor] = {}  # (1, D) of those whose rows have been read in this round
 
-    def begin(
-        self, name: Hashable, talk: Conversation, speaker: int, text: str | None, gap_seconds: float = 0.0
-    ) -> None:
-        """Let a conversation say something, as `Conversation.stream`. ValueError: it does already, or another model."""
+    def begin(self, name: Hashable, talk: Conversation, steps: Generator) -> None:
+        """Let a conversation take its next turn, `steps` or `listening` of it. ValueError: it takes one already, or is
+        of another model."""
         if any(other is talk for other in self.talks.values()) or name in self.talks:
-            raise ValueError(f"{name!r} speaks already")
+            raise ValueError(f"{name!r} has the word already")
         if any(other.speaker.inference is not talk.speaker.inference for other in self.talks.values()):
             raise ValueError(f"{name!r} is a conversation with another InferenceModel")
-        self.talks[name], self.steps[name] = talk, talk.steps(speaker, text, gap_seconds)
+        self.talks[name], self.steps[name] = talk, steps
 
     def stop(self, name: Hashable) -> None:
-        """Interrupt a speaker; what was said is kept. Nothing for one that does not speak."""
+        """Interrupt a turn; what was said is kept, what was to be heard is not. Nothing for who has no turn."""
         self.waiting.pop(name, None)
         self.unread.pop(name, None)
         self.talks.pop(name, None)
@@ -48,21 +49,21 @@ class Together:
                     steps.send(state)
             steps.close()
 
-    def round(self, resting: Collection[Hashable] = ()) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
-        """One pass for all but the `resting`: yields (name, samples) that are new, (name, None) of those that are done.
-
-        The error of one, (name, error), ends that one only.
+    def round(self, resting: Collection[Hashable] = ()) -> Iterator[Happened]:
+        """One pass for all but the `resting`: yields (name, samples) that are new, of those that are done (name, None),
+        or (name, text) if they listened. The error of one, (name, error), ends that one only.
         """
         names = [name for name in self.steps if name not in resting]
         codes = self._draw({name: self.waiting.pop(name) for name in names if name in self.waiting})
         for name in names:
-            yield from self._advance(name, codes.get(name))
+            if name not in self.unread:  # who writes waits for a state again
+                yield from self._advance(name, codes.get(name))
         self._read({name: self.unread.pop(name) for name in names if name in self.unread})
         while self.states:
             name = next(iter(self.states))
             yield from self._advance(name, self.states.pop(name))
 
-    def _advance(self, name: Hashable, sent: Tensor | None) -> Iterator[tuple[Hashable, np.ndarray | Exception | None]]:
+    def _advance(self, name: Hashable, sent: Tensor | None) -> Iterator[Happened]:
         """Let one go on, with what it has waited for, until it waits again or is done."""
         try:
             while name in self.steps:  # else who read what was yielded has stopped it
@@ -75,9 +76,9 @@ class Together:
                     self.unread[name] = found
                     return
                 yield name, found
-        except StopIteration:
+        except StopIteration as end:
             self.stop(name)
-            yield name, None
+            yield name, end.value
         except Exception as error:
             self.stop(name)
             yield name, error

@@ -23,7 +23,7 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -105,16 +105,24 @@ class Busy(RuntimeError):
     """More requests wait than the server takes."""
 
 
+Act = Callable[[Conversation], Generator]  # one turn of a conversation, `steps` or `listening` of it
+
+
+def saying(speaker: int, texts: Iterable[str | None]) -> list[Act]:
+    """The pieces of a long text are turns of the same speaker."""
+    return [lambda talk, text=text: talk.steps(speaker, text) for text in texts]
+
+
 class Job:
-    """A text being spoken for a request: samples arrive in `chunks`, then None or an error.
+    """Turns being taken for a request: samples arrive in `chunks`, then None, the text that was heard, or an error.
 
     A `live` one is drawn little faster than it can be heard, so that who stops it keeps no more than was heard.
     """
 
-    def __init__(self, talk: Callable[[], Conversation], speaker: int, texts: list[str | None], live: bool = False):
-        self.talk, self.speaker, self.texts = talk, speaker, collections.deque(texts)
+    def __init__(self, talk: Callable[[], Conversation], acts: Iterable[Act], live: bool = False):
+        self.talk, self.acts = talk, collections.deque(acts)
         self.loop = asyncio.get_running_loop()
-        self.chunks: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue()
+        self.chunks: asyncio.Queue[np.ndarray | str | Exception | None] = asyncio.Queue()
         self.cancelled = False
         self.conversation: Conversation | None = None
         self.live, self.first_at, self.seconds = live, 0.0, 0.0  # when the first samples left, and how much there was
@@ -127,7 +135,7 @@ class Job:
         batch = self.conversation.acoustic_batch / FRAME_RATE
         return self.seconds + batch > MOST_AHEAD + time.monotonic() - self.first_at
 
-    def put(self, found: np.ndarray | Exception | None) -> None:
+    def put(self, found: np.ndarray | str | Exception | None) -> None:
         if isinstance(found, np.ndarray):
             self.first_at = self.first_at or time.monotonic()
             self.seconds += len(found) / SAMPLE_RATE
@@ -198,8 +206,8 @@ class Studio:
         for job, found in self.together.round(resting):
             if isinstance(found, np.ndarray):
                 job.put(found)
-            elif found is None and job.texts and not job.cancelled:
-                self.next_text(job)
+            elif found is None and job.acts and not job.cancelled:
+                self.next_act(job)
             else:
                 self.end(job, found)
 
@@ -219,24 +227,23 @@ class Studio:
         self.live[job] = None
         try:
             job.conversation = job.talk()
-            self.next_text(job)
+            self.next_act(job)
         except Exception as error:
             self.end(job, error)
 
-    def next_text(self, job: Job) -> None:
-        """The next piece of a long text is the next turn of the same speaker."""
-        self.together.begin(job, job.conversation, job.speaker, job.texts.popleft())
+    def next_act(self, job: Job) -> None:
+        self.together.begin(job, job.conversation, job.acts.popleft()(job.conversation))
 
     def end_cancelled(self) -> None:
         for job in [job for job in self.live if job.cancelled]:
             self.end(job, None)
 
-    def end(self, job: Job, found: Exception | None) -> None:
+    def end(self, job: Job, found: str | Exception | None) -> None:
         self.live.pop(job, None)
         try:
             self.together.stop(job)  # decodes what was drawn
         except Exception as error:
-            found = found or error
+            found = found if isinstance(found, Exception) else error
         job.put(found)
 
 
@@ -419,7 +426,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
     async def speech(wanted: SpeechRequest, request: Request) -> Response:
         seed = engine.voice.seed if wanted.seed is None else wanted.seed
         texts = turns_of(wanted.input, engine.voice.raw_text)
-        job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), 0, texts)
+        job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), saying(0, texts))
         studio.submit(job)
         return await streamed(job, wanted.response_format, request)
 
@@ -432,7 +439,7 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         def talk() -> Conversation:
             return talks.with_voice(talks.get(name, studio.live), wanted.speaker, wanted.voice)
 
-        job = Job(talk, wanted.speaker, texts, live=True)
+        job = Job(talk, saying(wanted.speaker, texts), live=True)
         studio.submit(job)
         return await streamed(job, "pcm", request)
 
@@ -440,10 +447,11 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
     async def hear(name: str, request: Request, speaker: Annotated[int, Query(ge=0, le=99)] = 0) -> dict:
         samples = await asyncio.to_thread(heard, await request.body())
 
-        def listen() -> str:
-            return talks.get(name, studio.live).listen(speaker, samples=samples)
-
-        return {"text": await studio.call(listen)}
+        job = Job(lambda: talks.get(name, studio.live), [lambda talk: talk.listening(speaker, samples=samples)])
+        studio.submit(job)
+        if isinstance(text := await job.chunks.get(), Exception):
+            raise text
+        return {"text": text}
 
     @app.get("/talk/{name}")
     async def turns(name: str) -> dict:

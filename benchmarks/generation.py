@@ -153,7 +153,7 @@ def with_everything(
         talk.speak(0, TEXT)
     alone, began, together = time.perf_counter() - began, time.perf_counter(), Together()
     for index, talk in enumerate(talks()):
-        together.begin(index, talk, 0, TEXT)
+        together.begin(index, talk, talk.steps(0, TEXT))
     while len(together):
         list(together.round())
     return found | {"together_ratio": alone / (time.perf_counter() - began)}

@@ -56,7 +56,7 @@ def test_each_says_what_it_would_alone_over_several_turns(make, tokenizer):
         replies = [talk.speak(turn, text) for talk, text in zip(alone, texts, strict=True)]
         together = Together()
         for name, (talk, text) in enumerate(zip(at_once, texts, strict=True)):
-            together.begin(name, talk, turn, text)
+            together.begin(name, talk, talk.steps(turn, text))
         samples = heard(together)
         for name, reply in enumerate(replies):
             assert torch.equal(at_once[name].turns[-1].codes, reply.codes), name
@@ -74,7 +74,7 @@ def test_each_round_is_one_pass_of_the_backbone(tokenizer, monkeypatch):
         inference, "hidden_of_several", lambda rows, caches: read.append(len(rows)) or several(rows, caches)
     )
     for name, talk in enumerate(talks(inference, tokenizer)[:3]):
-        together.begin(name, talk, 0, TEXTS[1])
+        together.begin(name, talk, talk.steps(0, TEXTS[1]))
     list(together.round())
     assert not read  # nobody has a frame yet
     for _ in range(2):
@@ -93,11 +93,11 @@ def test_others_may_join_and_leave_at_any_time(tokenizer):
     alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
     lasting = [talk.speak(0, TEXTS[1]).codes for talk in alone]
     together = Together()
-    together.begin(0, at_once[0], 0, TEXTS[1])
+    together.begin(0, at_once[0], at_once[0].steps(0, TEXTS[1]))
     for _ in range(3):
         list(together.round())
-    together.begin(1, at_once[1], 0, TEXTS[1])
-    together.begin(2, at_once[2], 0, TEXTS[1])
+    together.begin(1, at_once[1], at_once[1].steps(0, TEXTS[1]))
+    together.begin(2, at_once[2], at_once[2].steps(0, TEXTS[1]))
     for _ in range(2):
         list(together.round())
     together.stop(2)
@@ -117,7 +117,7 @@ def test_who_rests_says_the_same_later(tokenizer):
     replies = [talk.speak(0, TEXTS[1]) for talk in alone]
     together, chunks, random = Together(), {}, np.random.default_rng(0)
     for name, talk in enumerate(at_once):
-        together.begin(name, talk, 0, TEXTS[1])
+        together.begin(name, talk, talk.steps(0, TEXTS[1]))
     while len(together):
         resting = [name for name in range(len(at_once)) if random.random() < 0.5]
         for name, found in together.round(resting):
@@ -131,7 +131,7 @@ def test_who_rests_says_the_same_later(tokenizer):
 def test_who_reads_may_stop_a_speaker(tokenizer):
     inference = InferenceModel(tiny_model())
     together, (talk, *_) = Together(), talks(inference, tokenizer)
-    together.begin("a", talk, 0, TEXTS[1])
+    together.begin("a", talk, talk.steps(0, TEXTS[1]))
     found = []
     while len(together):
         for name, samples in together.round():
@@ -145,7 +145,7 @@ def test_who_is_stopped_when_its_row_has_been_read_holds_it_once(tokenizer):
     inference = InferenceModel(tiny_model())
     together, everyone = Together(), [talks(inference, tokenizer)[number] for number in (2, 0, 1)]
     for name, talk in enumerate(everyone):
-        together.begin(name, talk, 0, TEXTS[1])
+        together.begin(name, talk, talk.steps(0, TEXTS[1]))
     while len(together):
         for name, found in together.round():
             if found is None and name == 0:
@@ -163,9 +163,9 @@ def test_the_error_of_one_ends_that_one_only(tokenizer):
     inference = InferenceModel(tiny_model())
     together, (good, bad, twice, *_) = Together(), talks(inference, tokenizer)
     expected = talks(inference, tokenizer)[0].speak(0, TEXTS[1]).codes
-    together.begin("good", good, 0, TEXTS[1])
-    together.begin("bad", bad, 0, "?!")
-    together.begin("reply", twice, 0, None)
+    together.begin("good", good, good.steps(0, TEXTS[1]))
+    together.begin("bad", bad, bad.steps(0, "?!"))
+    together.begin("reply", twice, twice.steps(0, None))
     errors = {}
     while len(together):
         errors |= {name: found for name, found in together.round() if isinstance(found, Exception)}
@@ -177,9 +177,66 @@ def test_the_error_of_one_ends_that_one_only(tokenizer):
 def test_a_conversation_speaks_once_at_a_time_and_with_one_model(tokenizer):
     inference = InferenceModel(tiny_model())
     together, (talk, other, *_) = Together(), talks(inference, tokenizer)
-    together.begin("a", talk, 0, "Hi.")
+    together.begin("a", talk, talk.steps(0, "Hi."))
     for name, again in (("a", other), ("b", talk)):
-        with pytest.raises(ValueError, match="speaks already"):
-            together.begin(name, again, 0, "Hi.")
+        with pytest.raises(ValueError, match="has the word already"):
+            together.begin(name, again, again.steps(0, "Hi."))
+    stranger = Conversation(tiny_model(), tokenizer, TEXT)
     with pytest.raises(ValueError, match="another InferenceModel"):
-        together.begin("c", Conversation(tiny_model(), tokenizer, TEXT), 0, "Hi.")
+        together.begin("c", stranger, stranger.steps(0, "Hi."))
+
+
+def some_codes(model, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randint(model.config.codebook_size, (n, model.config.n_codebooks), generator=generator)
+
+
+def test_who_listens_shares_the_passes_of_those_who_speak_and_writes_what_it_would_alone(tokenizer, monkeypatch):
+    inference = InferenceModel(full_model())
+    alone, at_once = talks(inference, tokenizer), talks(inference, tokenizer)
+    codes = some_codes(inference, 9)
+    texts = [talk.listen(1, codes=codes) for talk in alone[:2]]
+    reply = alone[2].speak(0, TEXTS[1])
+    read, several = [], inference.hidden_of_several
+    monkeypatch.setattr(
+        inference, "hidden_of_several", lambda rows, caches: read.append(len(rows)) or several(rows, caches)
+    )
+    together, found = Together(), {}
+    for name in range(2):
+        together.begin(name, at_once[name], at_once[name].listening(1, codes=codes))
+    together.begin(2, at_once[2], at_once[2].steps(0, TEXTS[1]))
+    while len(together):
+        found |= dict(together.round())
+    assert [found[0], found[1]] == texts and found[2] is None and max(read) == 3
+    assert torch.equal(at_once[2].turns[-1].codes, reply.codes)
+    for one, other in zip(alone[:2], at_once[:2], strict=True):
+        assert torch.equal(one.speak(0, "Yes.").codes, other.speak(0, "Yes.").codes)
+
+
+def test_a_turn_whose_hearing_is_broken_off_was_none(tokenizer):
+    inference = InferenceModel(full_model())
+    (alone, *_), (talk, *_) = talks(inference, tokenizer), talks(inference, tokenizer)
+    for each in (alone, talk):
+        each.add_turn(0, "So.", codes=some_codes(inference, 5))
+    together = Together()
+    together.begin("a", talk, talk.listening(1, codes=some_codes(inference, 9)))
+    for _ in range(2):
+        assert list(together.round()) == []
+    together.stop("a")
+    assert len(talk.turns) == 1 and talk.clock == alone.clock
+    talk.speaker.generator.set_state(alone.speaker.generator.get_state())  # what was drawn stays drawn
+    assert torch.equal(talk.speak(0, TEXTS[1]).codes, alone.speak(0, TEXTS[1]).codes)
+
+
+@pytest.mark.parametrize("rounds", range(1, 8))
+def test_who_answers_may_be_interrupted_at_any_row(tokenizer, rounds):
+    inference = InferenceModel(full_model())
+    (talk, *_), (again, *_) = talks(inference, tokenizer), talks(inference, tokenizer)
+    together = Together()
+    together.begin("a", talk, talk.steps(0, None))
+    for _ in range(rounds):
+        list(together.round())
+    together.stop("a")
+    again.restore(talk.kept, *talk.standing())
+    again.speaker.generator.set_state(talk.speaker.generator.get_state())
+    assert torch.equal(talk.speak(1, TEXTS[0]).codes, again.speak(1, TEXTS[0]).codes)

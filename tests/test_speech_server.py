@@ -282,7 +282,7 @@ def test_who_hangs_up_is_spoken_to_no_longer(server, container):
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
         connection.request("POST", "/v1/audio/speech", asked, {"Content-Type": "application/json"})
         job = until(lambda: next(iter(server.studio.live), None))
-    assert server.idle() and len(job.texts) > 10, "the text was spoken to its end, or nearly"
+    assert server.idle() and len(job.acts) > 10, "the text was spoken to its end, or nearly"
     assert server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "response_format": "pcm"})[0] == 200
 
 
