@@ -2,7 +2,7 @@
 
 What a speech model needs of its codes: all of them in use, good sound, words in the semantic codebooks, the voice in
 the acoustic ones, streams that equal the whole, speed. Works on any `AudioTokenizer`. What is measured on sound and
-text comes from `evaluation_framework.py`; the probes, the swap, the streams and the stop-watch are here.
+text comes from `held_out_evaluation.py`; the probes, the swap, the streams and the stop-watch are here.
 
 Clips are split by conversation (`split_group`), so the probes are fitted and measured on the same speakers in other
 conversations, on the clips of the splits train and val + test. Held-out speakers that the fitted clips lack are left
@@ -90,7 +90,7 @@ def use_gates(use: dict) -> list[Gate]:
 
 
 def sound_gates(part: dict, missing: dict[str, str]) -> list[Gate]:
-    """From the figures of `evaluation_framework.evaluate_tokenizer`; `missing` says what a metric lacks."""
+    """From the figures of `held_out_evaluation.evaluate_tokenizer`; `missing` says what a metric lacks."""
     figures = {
         metric: {system: Figure(**figure) for system, figure in systems.items()}
         for metric, systems in part["figures"].items()

@@ -28,7 +28,10 @@ from audio import SAMPLE_RATE, read_audio, resample
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_MISSING, only_run_in, run
 from conversations import split_of
 from dataset_pipeline import ConversationDataset
-from evaluation_framework import (
+from evaluation_framework import main
+from evaluation_report import FULL, GENERATED, ORIGINAL, REAL, SEMANTIC, collect_warnings, model_note, players, show
+from heard_conversations import Ears
+from held_out_evaluation import (
     CONTEXT_TURNS,
     CONVERSED,
     Settings,
@@ -37,10 +40,7 @@ from evaluation_framework import (
     evaluate_tokenizer,
     held_out_losses,
     listen,
-    main,
 )
-from evaluation_report import FULL, GENERATED, ORIGINAL, REAL, SEMANTIC, collect_warnings, model_note, players, show
-from heard_conversations import Ears
 from rvq_tokenizer import save_tokenizer
 from speech_metrics import Tally
 from spoken_validation import Tools

@@ -60,7 +60,7 @@ LEVELS = (
     {"codec_gates", "conversation_metrics", "speech_sources", "spoken_conversations", "training", "training_start"},
     {"debian_speech", "degradations", "public_speech", "speech_filters", "speech_server", "terminal_chat"},
     {"dialogue_corpora", "heard_conversations"},
-    {"metric_validation", "system_comparison"},
+    {"held_out_evaluation", "metric_validation", "system_comparison"},
     {"evaluation_framework"},
     {
         "collect_data",
