@@ -75,7 +75,7 @@ from system_comparison import (
     write_listening_page,
 )
 
-FORMAT = 2  # of the report and its parts; a part of another format is measured anew
+FORMAT = 3  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are

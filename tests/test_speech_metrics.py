@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import zlib
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import scipy.signal
 import torch
 from spoken_clips import SENTENCES, other_speaker, speech
 
-from audio import SAMPLE_RATE
+from audio import SAMPLE_RATE, resample
 from command_line import MissingRequirement
 from speech_metrics import (
+    ASR_RATE,
     Item,
     NotMeasurable,
     Recognizer,
@@ -156,6 +158,20 @@ def test_silence_has_no_transcript_and_the_same_clip_always_the_same(recognizer)
     assert recognizer.transcribe(np.zeros(SAMPLE_RATE, np.float32)) == ""
     hard = noisy(speech(2), 0)
     assert recognizer.transcribe(hard) == recognizer.transcribe(hard)
+
+
+@pytest.mark.parametrize(("begin", "seconds"), [(0.2, 0.25), (0.8, 0.2), (1.0, 0.4), (1.3, 0.15)])
+def test_a_recogniser_that_falls_into_a_loop_is_heard_no_further(recognizer, begin, seconds):
+    piece = speech(0)[int(begin * SAMPLE_RATE) : int((begin + seconds) * SAMPLE_RATE)]
+    looped = np.tile(piece, int(8 / seconds))
+    first = " ".join(each.text for each in recognizer._segments(resample(looped, SAMPLE_RATE, ASR_RATE)))
+    assert packed(first) > 2.4 and packed(recognizer.transcribe(looped)) < 2.4
+    assert len(recognizer.transcribe(looped).split()) < 40  # 5 words a second
+
+
+def packed(text: str) -> float:
+    """How many times smaller it gets."""
+    return len(text.encode()) / len(zlib.compress(text.encode()))
 
 
 def test_an_unknown_recogniser_names_the_way_out(tmp_path):
