@@ -111,7 +111,7 @@ METRICS = {
         better="lower",
         definition="(substitutions + deletions + insertions) / words of the text, each summed over all clips first; "
         "the recogniser's transcript and the text both pass Whisper's English normaliser, and words without a letter "
-        "or digit are dropped. May exceed 1.",
+        "or digit are dropped; where the recogniser loops, it listens again without repeating itself. May exceed 1.",
         reference="the originals' rate is the recogniser's own error floor on this data",
         source="Levenshtein distance on words; jiwer, whisper-normalizer",
         needs=OF_WORDS,
