@@ -89,7 +89,7 @@ def choose_bf16(precision: str, device: torch.device, folder: Path) -> bool:
     previous = read_settings(folder)
     if previous is not None and "bf16" in previous.get("train", {}):
         return previous["train"]["bf16"]
-    return bf16_speed(device) > 1.4
+    return bf16_speed(device) > 1 / 0.7
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
