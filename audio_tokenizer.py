@@ -76,7 +76,7 @@ class AudioTokenizer(nn.Module):
         return DecoderStream(self, batch_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 over config and weights: codes of two tokenizers mean the same only if it is equal."""
+        """SHA-256 over config and what makes codes: those of two tokenizers mean the same only if it is equal."""
         return fingerprint(self.config, self)
 
 

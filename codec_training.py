@@ -26,9 +26,10 @@ from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths,
 from codec_discriminators import DISCRIMINATORS, Discriminators, fooling_loss, telling_loss
 from codec_losses import SpectralDistance
 from hearing_losses import Hearing
+from mimi_tokenizer import is_mimi
 from muon import Muon
 from ranks import Ranks
-from rvq_tokenizer import PRESETS, Disguise, RVQTokenizer
+from rvq_tokenizer import PRESETS, Disguise, RVQTokenizer, load_tokenizer
 from semantic_supervision import SemanticHeads, disagreement
 from semantic_teacher import TEACHERS
 
@@ -44,6 +45,8 @@ CONTINUOUS, QUANTISED, DECODER = "continuous", "quantised", "decoder"
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     preset: str = "cpu"
+    init_from: str = ""
+    keep_codes: bool = False
     max_steps: int = 1000
     stage_a: float = 0.2
     stage_c: float = 0.4
@@ -104,19 +107,23 @@ class TrainConfig:
         for name in (*weights, "content_gradient", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.adversarial and not self.stage_c:
+        if self.keep_codes and (not self.init_from or self.ctc_weight):
+            raise ValueError(
+                "keep_codes trains the decoder of an init_from, whose codes are made: ctc_weight must be 0"
+            )
+        if self.adversarial and not (self.stage_c or self.keep_codes):
             raise ValueError(f"adversarial={self.adversarial} needs a stage_c above 0")
-        least = 6 if self.hearing and self.stage_c else 4
+        least = 6 if self.hearing and (self.stage_c or self.keep_codes) else 4
         if self.crop_frames < least:
             raise ValueError(f"crop_frames={self.crop_frames} must be at least {least} (4 without hearing)")
 
     @property
     def first_quantised_step(self) -> int:
-        return int(self.stage_a * self.max_steps)
+        return 0 if self.init_from else int(self.stage_a * self.max_steps)
 
     @property
     def first_decoder_step(self) -> int:
-        return self.max_steps - int(self.stage_c * self.max_steps)
+        return 0 if self.keep_codes else self.max_steps - int(self.stage_c * self.max_steps)
 
     def stage(self, step: int) -> str:
         if step < self.first_quantised_step:
@@ -125,7 +132,9 @@ class TrainConfig:
 
 
 HELP = {
-    "preset": f"size of the codec: {', '.join(PRESETS)}",
+    "preset": f"size of the codec: {', '.join(PRESETS)}; with init_from that of its weights",
+    "init_from": "folder of a tokenizer of this script to begin with; no stage without quantisers",
+    "keep_codes": "train the decoder of init_from alone: speech models go on understanding its codes",
     "max_steps": "optimizer steps; the default takes about 10 minutes on 2 idle CPU cores",
     "stage_a": "share of the steps without quantisers, at the start",
     "stage_c": "share of the steps for the decoder alone, at the end, with final codes",
@@ -158,7 +167,7 @@ def lr_at(step: int, c: TrainConfig, decoder: bool = False) -> float:
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     begin, end = c.first_quantised_step, c.first_decoder_step
-    if decoder and c.stage_c:
+    if decoder and end < c.max_steps:
         begin, end = end, c.max_steps
     progress = (step - begin) / max(1, end - begin)
     return c.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
@@ -219,7 +228,8 @@ class Run:
     def begin_decoder_stage(self) -> None:
         """The averaged encoder becomes the encoder, for good: from here on every clip keeps its codes."""
         self.model.encoder.load_state_dict(self.average.encoder.state_dict())
-        settle_codebooks(self)
+        if not self.config.keep_codes:
+            settle_codebooks(self)
         self.freeze_codes()
 
     def freeze_codes(self) -> None:
@@ -236,13 +246,19 @@ def build_run(
     utterances: Utterances | None = None,
     ranks: Ranks | None = None,
 ) -> Run:
-    """ValueError: semantic supervision asked for without texts, or a batch that the processes cannot share."""
+    """ValueError: semantic supervision asked for without texts, a batch that the processes cannot share, or weights to
+    begin with that are not this project's; FileNotFoundError: there are none."""
     ranks = ranks or Ranks()
     ranks.share_of(config.batch_size)
     if config.ctc_weight:
         ranks.share_of(utterances_per_step(config.batch_size), "half of batch_size, the utterances of ctc_weight")
     torch.manual_seed(config.seed)
-    model = RVQTokenizer(PRESETS[config.preset]).to(device).train()
+    if config.init_from and is_mimi(config.init_from):
+        raise ValueError(
+            f"init_from={config.init_from} is Mimi, which is not trained here; give a folder of this script"
+        )
+    model = load_tokenizer(config.init_from) if config.init_from else RVQTokenizer(PRESETS[config.preset])
+    model = model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     heads = discriminators = teller = None
     if config.ctc_weight:

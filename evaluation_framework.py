@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from architecture import load_model
+from audio_tokenizer import fingerprint
 from checkpointing import write_atomically
 from codec_gates import as_values, check_gates, codebook_use, draw_gates, print_gates
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, only_run_in, run
@@ -191,7 +192,7 @@ def measure_gates(args: argparse.Namespace, settings: Settings) -> dict:
         "format": FORMAT,
         "environment": describe_environment(),
         "settings": dataclasses.asdict(settings),
-        "tokenizer": {"folder": args.tokenizer.as_posix(), "fingerprint": tokenizer.fingerprint()},
+        "tokenizer": {"folder": args.tokenizer.as_posix(), "fingerprint": fingerprint(tokenizer.config, tokenizer)},
         "gates": as_values(gates),
         "part": part,
         "pictures": draw_gates(part, args.out),
@@ -209,7 +210,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     clips = random.Random(settings.seed).sample(more_clips, min(settings.max_clips, len(more_clips)))
     tools = Tools(settings.asr)
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in OF_REPLIES}
-    shared |= {"format": FORMAT, "tokenizer": tokenizer.fingerprint(), "missing": sorted(tools.missing)}
+    shared |= {
+        "format": FORMAT,
+        "tokenizer": fingerprint(tokenizer.config, tokenizer),
+        "missing": sorted(tools.missing),
+    }
     shared |= {"data": file_digest(args.data / "shards.jsonl")}
     report = {
         "format": FORMAT,

@@ -29,7 +29,7 @@ import torchaudio.functional as AF
 from torch import Tensor, nn
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
-from audio_tokenizer import AudioTokenizer, CodeShape
+from audio_tokenizer import AudioTokenizer, CodeShape, fingerprint
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, run
 from mimi_tokenizer import is_mimi, load_mimi
@@ -399,6 +399,11 @@ class RVQTokenizer(AudioTokenizer):
         content = self.semantic.decode(codes[..., :n_semantic])
         acoustic = self.acoustic.decode(codes[..., n_semantic:]) if depth else torch.zeros_like(content)
         return self.mix(content, acoustic, depth)
+
+    def fingerprint(self) -> str:
+        """Of encoder and codebooks: with a decoder that was trained further, codes mean what they did."""
+        parts = {"encoder": self.encoder, "semantic": self.semantic, "acoustic": self.acoustic}
+        return fingerprint(self.config, nn.ModuleDict(parts))
 
     def code_vectors(self) -> list[Tensor]:
         return [level.codebook.detach() for stack in (self.semantic, self.acoustic) for level in stack.levels]

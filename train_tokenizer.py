@@ -2,6 +2,7 @@
 
     python train_tokenizer.py --data data --out runs/tokenizer
     torchrun --nproc_per_node 4 train_tokenizer.py --preset gpu --stage_c 0.5 --adversarial 1 --discriminators full
+    python train_tokenizer.py --init_from pretrained/nano/tokenizer --keep_codes --adversarial 1 --out runs/decoder
 
 The stages are described in `codec_training.py`. Stopping at any moment (Ctrl-C, kill -9) loses at most the steps since
 the last state file; the same command goes on, and ends with the same weights as a run that was never stopped.
@@ -108,7 +109,7 @@ def train(run: Run, log: RunLog | None, save: Callable[[], None], stop: StopSign
     with contextlib.closing(bar):
         while run.step < c.max_steps and not stopped:
             run.model.train()
-            if run.step == c.first_quantised_step:
+            if run.step == c.first_quantised_step and not c.init_from:
                 bar.set_postfix_str("fitting codebooks")
                 fit_codebooks(run)
             record = train_step(run)
@@ -265,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     data, out, device = (args.pop(name) for name in ("data", "out", "device"))
     config = TrainConfig(**args)
+    if config.init_from and Path(config.init_from).resolve() == out.resolve():
+        raise ValueError(f"--init_from and --out are both {out}; give another --out")
     with join_ranks(pick_device(device)) as (ranks, own_device), contextlib.ExitStack() as held:
         if ranks.first:
             held.enter_context(only_run_in(out))

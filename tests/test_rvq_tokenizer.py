@@ -12,6 +12,7 @@ from conftest import tiny_tokenizer, voice
 import audio_tokenizer
 import rvq_tokenizer
 from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
+from audio_tokenizer import fingerprint
 from command_line import EXIT_INPUT, run
 from rvq_tokenizer import (
     DELAY_SAMPLES,
@@ -250,12 +251,19 @@ def test_saved_and_loaded_tokenizer_is_the_same(tokenizer, tmp_path):
     assert loaded.fingerprint() == tokenizer.fingerprint()
 
 
-def test_fingerprint_changes_with_any_weight(tokenizer, tmp_path):
+def test_fingerprint_changes_with_what_makes_codes_and_not_with_what_decodes_them(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     other = load_tokenizer(tmp_path)
     with torch.no_grad():
-        other.acoustic.levels[-1]._codebook.embed[0, 0, 0] += 1e-3
-    assert other.fingerprint() != tokenizer.fingerprint()
+        other.decoder.head.weight += 1e-3
+        other.semantic_out.weight += 1e-3
+    assert other.fingerprint() == tokenizer.fingerprint()
+    assert fingerprint(other.config, other) != fingerprint(tokenizer.config, tokenizer)
+    for weight in (other.acoustic.levels[-1]._codebook.embed, next(other.encoder.parameters())):
+        before = other.fingerprint()
+        with torch.no_grad():
+            weight.view(-1)[0] += 1e-3
+        assert other.fingerprint() != before
 
 
 def test_loading_refuses_a_missing_folder_and_another_config(tokenizer, tmp_path):

@@ -48,7 +48,11 @@ ROOT = Path(train_tokenizer.__file__).parent
 
 def arguments(data: Path, out: Path, **changes) -> list[str]:
     flags = {"data": data, "out": out, **FLAGS, **changes}
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [
+        text
+        for name, value in flags.items()
+        for text in ((f"--{name}", str(value)) if value is not True else (f"--{name}",))
+    ]
 
 
 def weights(out: Path) -> bytes:
@@ -269,6 +273,51 @@ def test_codes_are_final_when_the_last_stage_begins(adversarial):
     if adversarial:
         assert record["train/telling"] > 0 and record["train/fooling"] > 0
         assert all(not torch.equal(judges[name], p) for name, p in trained.discriminators.named_parameters())
+
+
+def codes_of(folder: Path, data: Path) -> torch.Tensor:
+    clips = load_clips(data, "val", limit=2)
+    return torch.cat([load_tokenizer(folder).encode(torch.from_numpy(samples)[None])[0] for _, samples in clips])
+
+
+def test_decoder_trained_further_keeps_the_codes_and_comes_nearer_to_the_audio(
+    whole, shared_data, tmp_path, monkeypatch
+):
+    out = tmp_path / "decoder"
+    further = arguments(shared_data, out, init_from=whole, keep_codes=True, max_steps=30, lr=0.003)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 6, signal.SIGINT)
+        assert run(main, further) == EXIT_SIGINT
+    assert run(main, further) == EXIT_DONE
+    before, after = load_tokenizer(whole), load_tokenizer(out)
+    assert after.fingerprint() == before.fingerprint()
+    assert torch.equal(codes_of(out, shared_data), codes_of(whole, shared_data))
+    mel = [json.loads((folder / "results.json").read_text())["held_out/mel"] for folder in (whole, out)]
+    assert mel[1] < 0.95 * mel[0]
+    at_once = arguments(shared_data, tmp_path / "at_once", init_from=whole, keep_codes=True, max_steps=30, lr=0.003)
+    assert run(main, at_once) == EXIT_DONE
+    assert weights(tmp_path / "at_once") == weights(out)
+
+
+def test_tokenizer_trained_further_begins_with_its_weights_and_codebooks(whole, shared_data, tmp_path):
+    first = arguments(shared_data, tmp_path, init_from=whole, preset="cpu", max_steps=1, lr=1e-9, warmup=0)
+    assert run(main, first) == EXIT_DONE  # the size is that of the weights
+    equal = (codes_of(tmp_path, shared_data) == codes_of(whole, shared_data)).float().mean(dim=0)
+    assert equal[0] > 0.9 and equal[-1] < 1  # one step of the codebooks' averages; no k-means anew
+    assert read_metrics(tmp_path)[0]["train/commitment"] > 0  # with quantisers from the first step on
+
+
+def test_what_cannot_be_trained_further_is_refused_in_one_line(whole, shared_data, tmp_path, capsys):
+    for changes, message in (
+        ({"keep_codes": True}, "keep_codes trains the decoder of an init_from"),
+        ({"keep_codes": True, "init_from": whole, "ctc_weight": 1}, "ctc_weight must be 0"),
+        ({"init_from": tmp_path / "nowhere"}, "is missing"),
+        ({"init_from": "kyutai/mimi"}, "Mimi, which is not trained here"),
+        ({"init_from": whole, "out": whole}, "--init_from and --out are both"),
+    ):
+        assert run(main, arguments(shared_data, **{"out": tmp_path / "out", **changes})) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_stopped_run_with_discriminators_goes_on_to_the_same_weights(whole, shared_data, tmp_path, monkeypatch):
