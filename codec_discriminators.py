@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from audio import SAMPLE_RATE
+
 SLOPE = 0.2  # of leaky ReLU
 
 
@@ -22,12 +24,13 @@ class DiscriminatorConfig:
     channels: int  # of a spectrum's feature maps
     periods: tuple[int, ...]  # samples
     period_channels: tuple[int, ...]  # one per layer
+    samples: int  # of each crop that they hear in a step, at most
 
 
 PERIODS = (2, 3, 5, 7, 11)
 DISCRIMINATORS = {
-    "light": DiscriminatorConfig((1024, 512, 256), 8, PERIODS, (4, 16, 64, 128, 128)),
-    "full": DiscriminatorConfig((2048, 1024, 512, 256, 128), 32, PERIODS, (32, 128, 512, 1024, 1024)),
+    "light": DiscriminatorConfig((1024, 512, 256), 8, PERIODS, (4, 16, 64, 128, 128), 8192),
+    "full": DiscriminatorConfig((2048, 1024, 512, 256, 128), 32, PERIODS, (32, 128, 512, 1024, 1024), SAMPLE_RATE),
 }
 
 

@@ -385,8 +385,10 @@ def semantic_terms(run: Run, stage: str) -> dict[str, Tensor]:
 
 
 def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Tensor]:
-    """A step of the discriminators on the same crops, then what they want of the decoder."""
-    real = wave[:, : estimate.size(1)]
+    """A step of the discriminators on a part of the same crops, then what they want of the decoder."""
+    samples = min(DISCRIMINATORS[run.config.discriminators].samples, estimate.size(1))
+    start = int(torch.randint(estimate.size(1) - samples + 1, ()))
+    real, estimate = (audio[:, start : start + samples] for audio in (wave, estimate))
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         telling = telling_loss(run.discriminators(real), run.discriminators(estimate.detach()))
     telling.backward()

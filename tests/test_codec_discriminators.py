@@ -13,7 +13,7 @@ from codec_discriminators import (
     telling_loss,
 )
 
-TINY = DiscriminatorConfig((256, 128), 4, (2, 3), (4, 8, 8))
+TINY = DiscriminatorConfig((256, 128), 4, (2, 3), (4, 8, 8), 2400)
 
 
 def tone(n: int, frequency: float) -> torch.Tensor:
