@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from audio import SAMPLE_RATE
 
 SLOPE = 0.2  # of leaky ReLU
+COMPRESSION = 0.3  # power of the magnitudes: beside the loudest bins half of the others are all but zero
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SpectrumDiscriminator(nn.Module):
             nn.Conv2d(channels, channels, (3, 9), stride=(1, 2), dilation=(d, 1), padding=(d, 4)) for d in (1, 2, 4)
         ]
         layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, 1, 3, padding=1)]
-        self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.layers = _normalised(layers)
 
     def forward(self, wave: Tensor) -> list[Tensor]:
         """(B, N) -> feature maps of every layer, the last one the verdicts (B, 1, frames, bins)."""
@@ -54,7 +55,9 @@ class SpectrumDiscriminator(nn.Module):
             spectrum = torch.stft(
                 wave.float(), size, size // 4, window=self.window, normalized=True, center=False, return_complex=True
             )
-        return _features(self.layers, torch.view_as_real(spectrum).permute(0, 3, 2, 1))  # (B, 2, frames, bins)
+            parts = torch.view_as_real(spectrum)  # (B, bins, frames, 2)
+            parts = parts * (parts.square().sum(dim=3, keepdim=True) + 1e-7) ** ((COMPRESSION - 1) / 2)
+        return _features(self.layers, parts.permute(0, 3, 2, 1))
 
 
 class PeriodDiscriminator(nn.Module):
@@ -70,12 +73,21 @@ class PeriodDiscriminator(nn.Module):
             for before, after, stride in zip(widths[:-1], channels, strides, strict=True)
         ]
         layers.append(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
-        self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.layers = _normalised(layers)
 
     def forward(self, wave: Tensor) -> list[Tensor]:
         """(B, N) -> feature maps of every layer, the last one the verdicts (B, 1, rows, period)."""
         padded = F.pad(wave[:, None], (0, -wave.size(1) % self.period), mode="reflect")
         return _features(self.layers, padded.unflatten(2, (-1, self.period)))
+
+
+def _normalised(layers: list[nn.Conv2d]) -> nn.ModuleList:
+    """Weights that keep the size of what goes through: torch's own make it smaller by each layer, until nothing is told
+    from nothing and there is no gradient to learn from."""
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, a=SLOPE)
+        nn.init.zeros_(layer.bias)
+    return nn.ModuleList(weight_norm(layer) for layer in layers)
 
 
 def _features(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:

@@ -33,6 +33,7 @@ from rvq_tokenizer import PRESETS, Disguise, RVQTokenizer, load_tokenizer
 from semantic_supervision import SemanticHeads, disagreement
 from semantic_teacher import TEACHERS
 
+APPRENTICESHIP = 4  # warmups in which the discriminators' weight grows
 HEADS_FACTOR = 2  # of the heads' learning rate: what reads the codes should not lag behind them
 FIT_VECTORS = 8  # per code, for k-means
 SETTLE_VECTORS = 64  # the same, when the codes become final
@@ -389,6 +390,8 @@ def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Ten
     samples = min(DISCRIMINATORS[run.config.discriminators].samples, estimate.size(1))
     start = int(torch.randint(estimate.size(1) - samples + 1, ()))
     real, estimate = (audio[:, start : start + samples] for audio in (wave, estimate))
+    level = real.square().mean(dim=1, keepdim=True).clamp(min=PAUSE).sqrt()  # the level of speech tells them little
+    real, estimate = real / level, estimate / level
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         telling = telling_loss(run.discriminators(real), run.discriminators(estimate.detach()))
     telling.backward()
@@ -408,11 +411,14 @@ def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Ten
 def backward_balanced(run: Run, estimate: Tensor, spectral: Tensor, adversarial: Tensor) -> None:
     """Backward of both losses; on the waveform the adversarial gradient is `adversarial` times as long as the other.
 
-    The balancer of EnCodec (arXiv 2210.13438, 3.4) for two losses, without its moving averages.
+    The balancer of EnCodec (arXiv 2210.13438, 3.4) for two losses, without its moving averages. It grows from nothing
+    while the discriminators learn what to look for: what they say at first, made as long as that, ruins the decoder.
     """
+    c = run.config
+    share = c.adversarial * min(1.0, (run.step - c.first_decoder_step) / (APPRENTICESHIP * max(1, c.warmup)))
     ours, theirs = (torch.autograd.grad(loss, estimate, retain_graph=True)[0] for loss in (spectral, adversarial))
     norms = run.ranks.mean(torch.stack([ours.square().sum(), theirs.square().sum()])).sqrt()
-    estimate.backward(ours + run.config.adversarial * norms[0] / norms[1].clamp(min=1e-12) * theirs)
+    estimate.backward(ours + share * norms[0] / norms[1].clamp(min=1e-12) * theirs)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -464,7 +470,7 @@ def set_rates(run: Run) -> None:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["factor"] * lr_at(run.step, run.config, group["decoder"])
     for group in run.teller.param_groups if run.teller is not None else ():
-        group["lr"] = run.config.lr / 4
+        group["lr"] = run.config.lr / 2
 
 
 def update(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 @echo off
 rem Lint and the whole test suite, with the environment made first if it is not there: run_tests.bat [PYTEST ARGUMENTS]
 rem Environment variable: PYTHON, the Python (3.10 to 3.13) that makes .venv. Exit code: that of what failed first.
+rem Up to four tests at a time, one per core; -n 0 among the arguments: one after the other.
 setlocal
 cd /d "%~dp0" || exit /b 4
 if not defined PYTHON set "PYTHON=python"
@@ -13,7 +14,7 @@ set "MPLBACKEND=Agg"
 %PYTHON% setup_environment.py --extras data eval filters web dev || goto failed
 .venv\Scripts\python.exe -m ruff check . || goto failed
 .venv\Scripts\python.exe -m ruff format --check . || goto failed
-.venv\Scripts\python.exe -m pytest %* || goto failed
+.venv\Scripts\python.exe -m pytest -n auto --maxprocesses 4 --dist loadfile %* || goto failed
 exit /b 0
 
 :failed

@@ -63,3 +63,12 @@ def test_nothing_is_to_be_gained_on_the_recording_itself_but_the_verdict():
     maps = judges(wave)
     verdicts = sum(torch.relu(1 - m[-1]).mean() for m in maps) / len(maps)
     torch.testing.assert_close(fooling_loss(maps, maps), verdicts)
+
+
+@pytest.mark.parametrize("size", ["light", "full"])
+def test_what_goes_through_keeps_its_size(size):
+    """torch's own weights leave a hundredth of it, and of the gradient: such a judge never learns."""
+    torch.manual_seed(0)
+    wave = torch.randn(2, 8192)
+    for maps in Discriminators(DISCRIMINATORS[size])(wave):
+        assert all(0.1 < m.std() < 5 for m in maps)
