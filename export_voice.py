@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
-    small = "tensors that need not be exact, in float8, e.g. depth_heads: half the bytes, up to 12 % of error"
+    small = "tensors that need not be exact, in float8, e.g. depth_heads: half the bytes, up to 12 %% of error"
     add("--float8", nargs="+", default=[], metavar="NAME", help=small)
     add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)

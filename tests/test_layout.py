@@ -1,6 +1,7 @@
 """Properties of the repository as a whole: who imports whom, what the scripts look like, what the files may not say."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -137,6 +138,15 @@ def test_a_script_is_a_main_function_and_an_exit_code(name):
     assert main.args.defaults[0].value is None
     assert ast.unparse(main.returns) == "int"
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    raise SystemExit(run(main))"
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_script_prints_its_help(name, capsys):
+    """A bare % in the text of one flag makes argparse fail at all of them."""
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main(["--help"])
+    assert not end.value.code
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_there_is_no_drawer_for_odds_and_ends():
