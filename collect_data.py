@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -158,6 +159,7 @@ class Rules:
     ids: set[str] = field(default_factory=set)  # of all turns
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
     places: set[tuple[str, int]] = field(default_factory=set)  # conversation and index of turns of earlier runs
+    groups: dict[str, str] = field(default_factory=dict)  # conversation -> `split_group` of its turns of earlier runs
 
     def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
@@ -170,6 +172,10 @@ class Rules:
         """Only asked of single sentences: in a conversation people repeat themselves."""
         return turn.source in VOICE_SETS and (turn.speaker_id, turn.text.casefold()) in self.said
 
+    def is_taken(self, turn: TurnRecord) -> bool:
+        """Not asked of single sentences: a larger release counts them anew, and their order means nothing."""
+        return turn.source not in VOICE_SETS and (turn.conv_key, turn.turn_index) in self.places
+
     def against(self, turn: TurnRecord) -> Reject | None:
         """Why a turn may not come in; None if it may."""
         named = {turn.utt_id, turn.conv_key, turn.speaker_id} & self.excluded
@@ -177,7 +183,7 @@ class Rules:
             (bool(named), "excluded", f"by {min(named, default='')}"),
             (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
             (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
-            ((turn.conv_key, turn.turn_index) in self.places, "id_conflict", "the conversation has this turn already"),
+            (self.is_taken(turn), "id_conflict", "the conversation has this turn already"),
             (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),
         ]
         return next((Reject(utt_id=turn.utt_id, reason=r, detail=d) for found, r, d in reasons if found), None)
@@ -207,18 +213,18 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
         turns, rejects = apply_rules(result, rules)
         writer.add(unit.id, turns, rejects)
         bar.update(round(sum(turn.duration_s for turn in turns)))
-        if source.seen < FIRST_TURNS:
-            source.rejected += sum(reject.reason not in RULED_OUT for reject in rejects)
-            if source.rejected > FIRST_TURNS * MAX_REJECTED:
-                source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
+        source.rejected += sum(reject.reason not in RULED_OUT for reject in rejects)
+        if source.seen < FIRST_TURNS and source.rejected > FIRST_TURNS * MAX_REJECTED:
+            source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
     writer.flush()
 
 
 def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
-    """Refuse turns that may not come in; remembers the others."""
+    """Refuse turns that may not come in; remembers the others. A conversation that grows stays in its split."""
     turns, rejects = [], list(result.rejects)
     for turn in result.turns:
+        turn = dataclasses.replace(turn, split_group=rules.groups.get(turn.conv_key, turn.split_group))
         reject = rules.against(turn)
         if reject is not None:
             rejects.append(reject)
@@ -295,10 +301,13 @@ def collect(args: argparse.Namespace) -> int:
         check_space(args.out, target_s - have_s)
         max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb / of
         rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
-        columns = ["pcm_sha256", "utt_id", "source", "speaker_id", "text", "conv_key", "turn_index"]
-        for *facts, conversation, place in read_columns(whole, columns) if ledgers(whole) else ():  # of all parts
+        columns = ["pcm_sha256", "utt_id", "source", "speaker_id", "text", "conv_key", "turn_index", "split_group"]
+        for *facts, conversation, place, group in (
+            read_columns(whole, columns) if ledgers(whole) else ()
+        ):  # of all parts
             rules.learn(*facts)
             rules.places.add((conversation, place))
+            rules.groups[conversation] = group
         with StopSignals() as stop, worker_pool(args.workers) as pool:
             for source in sources:
                 source.results = results_in_order(source.units, pool, args.workers + 1)

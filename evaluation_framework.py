@@ -36,6 +36,7 @@ from evaluation_report import (
 from generation import SHIPPED, SPEAKING, check_tokenizer, read_speaking
 from heard_conversations import (
     METRICS_OF_CONVERSATIONS,
+    VERSION,
     Ears,
     packages_missing,
 )
@@ -75,8 +76,9 @@ from system_comparison import (
     write_comparison,
     write_listening_page,
 )
+from turn_shards import data_digest
 
-FORMAT = 3  # of the report and its parts; a part of another format is measured anew
+FORMAT = 4  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
@@ -215,7 +217,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
         "tokenizer": fingerprint(tokenizer.config, tokenizer),
         "missing": sorted(tools.missing),
     }
-    shared |= {"data": file_digest(args.data / "shards.jsonl")}
+    shared |= {"data": data_digest(args.data)}
     report = {
         "format": FORMAT,
         "environment": describe_environment(),
@@ -235,7 +237,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     report["model"] = None
     report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
     if model is not None:
-        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
+        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device, "version": VERSION}
         own["missing"] = sorted({*tools.missing, *conversation_metrics_missing()})
         report["model"] = reuse_or_measure(
             args.out,
@@ -268,7 +270,7 @@ def validate(args: argparse.Namespace, settings: Settings) -> int:
         "format": FORMAT,
         "environment": describe_environment(),
         "settings": dataclasses.asdict(settings),
-        "data": file_digest(args.data / "shards.jsonl"),
+        "data": data_digest(args.data),
         "conversations": len(chosen),
         "turns": sum(map(len, chosen.values())),
         "missing": missing,

@@ -31,7 +31,7 @@ from heard_conversations import LEFT_OUT, MEASURES, Ears, Heard, Human, Turn, Tu
 from inference_model import InferenceModel
 from run_folder import read_metrics
 from speech_metrics import Figure, Item, NotMeasurable, Recognizer, Tally, bootstrap, count_errors
-from spoken_validation import Tools, hear_codes, mean_cosine, speak_after, spread, time_reply
+from spoken_validation import Tools, hear_codes, mean_cosine, run_away_after, speak_after, spread, time_reply
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import batch_losses
@@ -43,7 +43,6 @@ CONVERSED = (  # metrics of conversations that the report has of the model's tur
     "pitch_spread", "level_spread", "rate", "pause_share", "pitch_contour", "prosody_distance", "emotional_coherence",
     "dnsmos",
 )  # fmt: skip
-REPLY_SECONDS = 8.0  # a generated turn is cut there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Settings:
 
     def sampling(self) -> Sampling:
         """How the model speaks. ValueError for what cannot work."""
-        return Sampling(max_seconds=REPLY_SECONDS, codebooks=self.codebooks, temperature=self.temperature)
+        return Sampling(codebooks=self.codebooks, temperature=self.temperature)
 
 
 def plain(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, dict]]:
@@ -202,8 +201,9 @@ def encode_clips(clips: list[Clip], tokenizer: AudioTokenizer) -> list[Coded]:
 def held_out_losses(
     model: CSM, dataset: ConversationDataset, limit: int, device: torch.device, seed: int
 ) -> list[Figure]:
-    """K figures, nats per code of codebook 0..K-1, over the first `limit` documents, interval over conversations."""
-    samples = dataset.samples()[:limit]
+    """K figures, nats per code of codebook 0..K-1, over up to `limit` documents, interval over conversations."""
+    samples = dataset.samples()
+    samples = random.Random(seed).sample(samples, min(limit, len(samples)))
     items: list[list[Item]] = [[] for _ in range(model.config.n_codebooks)]
     for sample in tqdm(samples, desc="held-out losses", unit="document"):
         batch = dataset.collate([[sample]], seeds=None)
@@ -223,7 +223,7 @@ def held_out_losses(
 def choose_replies(conversations: list[Conversation], limit: int, seed: int) -> list[tuple[Conversation, int]]:
     """Turns to speak, spread over the conversations: those whose speaker was heard in the turns before, if any."""
     queues = []
-    for conversation in conversations:
+    for conversation in random.Random(seed).sample(conversations, len(conversations)):  # else one source comes first
         speakers = conversation.speakers
         heard = [i for i in range(len(speakers)) if speakers[i] in speakers[max(0, i - CONTEXT_TURNS) : i]]
         random.Random(f"{seed}-{conversation.conv_id}").shuffle(heard)
@@ -261,8 +261,9 @@ def evaluate_model(
     tally, waves, rows = Tally(), [], []
     voices: list[dict[str, np.ndarray]] = []  # what each reply is compared with
     for number, (conversation, index) in enumerate(tqdm(choices, desc="speaking", unit="turn")):
-        reply = speak(inference, tokenizer, dataset, conversation, index, settings.sampling(), settings.seed + number)
         turn, speaker = conversation.turns[index], conversation.speakers[index]
+        sampling = dataclasses.replace(settings.sampling(), max_seconds=run_away_after(turn))
+        reply = speak(inference, tokenizer, dataset, conversation, index, sampling, settings.seed + number)
         before = range(max(0, index - CONTEXT_TURNS), index)
         codes = {i: dataset.cache.codes[conversation.turns[i].utt_id] for i in (*before, index)}
         own = hear_codes(tokenizer, [codes[i] for i in before if conversation.speakers[i] == speaker])

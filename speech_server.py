@@ -160,7 +160,8 @@ class Studio:
     def submit(self, job: Job) -> None:
         """Let a job be spoken when its turn comes. Busy: too many wait."""
         waiting = sum(not other.cancelled for other in self.waiting.copy())
-        if waiting >= self.most_waiting:
+        free = max(0, self.speaking - len(self.live))  # begin with the next round
+        if waiting >= self.most_waiting + free:
             raise Busy(f"{len(self.live)} requests are spoken and {waiting} wait; try again later")
         self.waiting.append(job)
         self.woken.set()
@@ -370,8 +371,9 @@ class Talks:
         if self.voices and voice not in (None, "", NO_VOICE):
             if voice not in self.voices:
                 raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
-            clip = self.voices[voice]
-            talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
+            clip, heard = self.voices[voice], talk.voices.get(speaker)
+            if heard is None or not torch.equal(heard.codes, clip.codes.to(heard.codes)):
+                talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
         return talk
 
 
@@ -444,14 +446,23 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
         return await streamed(job, "pcm", request)
 
     @app.post("/talk/{name}/hear")
-    async def hear(name: str, request: Request, speaker: Annotated[int, Query(ge=0, le=99)] = 0) -> dict:
+    async def hear(name: str, request: Request, speaker: Annotated[int, Query(ge=0, le=99)] = 0) -> Response:
         samples = await asyncio.to_thread(heard, await request.body())
 
         job = Job(lambda: talks.get(name, studio.live), [lambda talk: talk.listening(speaker, samples=samples)])
         studio.submit(job)
-        if isinstance(text := await job.chunks.get(), Exception):
-            raise text
-        return {"text": text}
+        text, gone = asyncio.ensure_future(job.chunks.get()), asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not text.done():  # whoever spoke has hung up: the turn is none
+                return Response(status_code=499)
+        finally:
+            job.cancelled = not text.done()
+            text.cancel()
+            gone.cancel()
+        if isinstance(text.result(), Exception):
+            raise text.result()
+        return JSONResponse({"text": text.result()})
 
     @app.get("/talk/{name}")
     async def turns(name: str) -> dict:

@@ -135,7 +135,7 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
             raise ValueError(f"{turn.name}: {rate} samples per second, at least {MIN_RATE} are needed for speech")
     except FileNotFoundError as error:
         return Reject(utt_id=utt_id, reason="missing_file", detail=str(error))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return Reject(utt_id=utt_id, reason="unreadable_audio", detail=str(error))
     if turn.text is None:
         return Reject(utt_id=utt_id, reason="missing_text", detail=f"no UTF-8 transcript beside {turn.name}")

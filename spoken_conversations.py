@@ -251,7 +251,7 @@ def failure_or_raise(request: Request, error: Exception) -> dict:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left. ValueError, and nothing deleted, where anything else lies there."""
-    own = [path for pattern in ("conversation.wav", "turn-*.wav", "result.json*") for path in folder.glob(pattern)]
+    own = [path for pattern in ("conversation.wav*", "turn-*.wav*", "result.json*") for path in folder.glob(pattern)]
     others = sorted({path.name for path in folder.glob("*")} - {path.name for path in own})
     if others:
         raise ValueError(f"{folder} holds {others[0]}, which no batch wrote; choose another id or another --out")

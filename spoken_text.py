@@ -222,6 +222,7 @@ RULES = (
     ),
     rule(rf"(?<!\w)({short})(?=\W|$)", lambda m: ABBREVIATIONS[m[1]]),
     rule(r"\bSt\. (?=[A-Z])", "Saint "),
+    rule(r"(?<![\w.])\.(?=\d)", "0."),
     rule(r"\bSt\.", "Street"),
     rule(r"\bNo\. ?(?=\d)", "number "),
     rule(r"(?<=\d-\d\d)T(?=\d\d:)", ", "),
@@ -248,12 +249,12 @@ RULES = (
     rule(
         r"\b(\d{1,2})\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b)", lambda m: number(m[1]) + half_of_day(m[2]), re.IGNORECASE
     ),
+    rule(r"(?:(?<=[\s(])|^)-(?=[$€£]?\d)", "minus "),
     rule(rf"(\b[A-Z]{{1,2}})?([$€£])\s?({NUMBER})(?:\s?({multiples})\b)?", money),
     rule(r"\b(\d{1,3}0)s\b", decade),
     rule(r"(?<!\d)(\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
     rule(rf"(?<!\d)({NUMBER})\s?({units})(?!\w)", quantity),
     rule(r"\b(\d{1,4})/(\d{1,4})\b", fraction),
-    rule(r"(?:(?<=\s)|^)-(?=\d)", "minus "),
     rule(r"\s*[–—]\s*|(?:\s+|^)-+\s+|--+", ", "),
     rule(r"(?<![\d.,])((?:1[1-9]|20)\d\d)(?![\d%]|[.,]\d)", lambda m: year(m[1])),
     rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {long_number(m[1])} "),

@@ -155,7 +155,7 @@ class Prompted(NamedTuple):
     prompt: TurnRecord
 
 
-def limit(turn: TurnRecord) -> float:
+def run_away_after(turn: TurnRecord) -> float:
     """Seconds at which the model's version of a turn is cut: it has run away."""
     return 2 + 2 * turn.duration_s
 
@@ -296,7 +296,7 @@ class SpokenValidation:
                     [before],
                     0,
                     turn.text,
-                    dataclasses.replace(self.sampling, max_seconds=limit(turn)),
+                    dataclasses.replace(self.sampling, max_seconds=run_away_after(turn)),
                     self.seed + number,
                 )
                 for number, ((turn, _), before) in enumerate(zip(self.chosen, self.prompts, strict=True))

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import errno
 import json
 import os
 import random
@@ -627,6 +628,55 @@ def test_parts_do_not_collect_a_mended_conversation_twice(tmp_path):
             path.write_text("Other words than before.")
     turns = list(read_turns(out, with_audio=False))
     assert len(turns) == len({turn.pcm_sha256 for turn in turns}) == 8
+
+
+def test_a_conversation_that_grows_stays_in_its_split():
+    rules = Rules(groups={"set": "the group of its first turns"})
+    new = replace(turn_record("set", 3, "v", TEXT, voice_like(0)), split_group="what the folder says today")
+    other = replace(turn_record("other", 0, "v", TEXT, voice_like(1)), split_group="another")
+    found = apply_rules(UnitResult([new, other], []), rules).turns
+    assert [turn.split_group for turn in found] == ["the group of its first turns", "another"]
+
+
+def test_a_folder_that_grows_beyond_few_voices_can_still_be_read(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    rows = [(f"c{n:02d}", place) for n in range(25) for place in range(2)]
+    for number, (conversation, place) in enumerate(rows):
+        write_wav(source / f"{conversation}-{place}.wav", voice_like(number, 1.4), RATE)
+
+    def manifest(n_conversations, missing):
+        lines = ["audio,text,speaker,conversation,turn_index"]
+        for conversation, place in rows[: 2 * n_conversations]:
+            name = f"{conversation}-{place}.wav" if (conversation, place) not in missing else "nowhere.wav"
+            lines.append(f"{name},{TEXT},v{conversation},{conversation},{place}")
+        (source / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+    manifest(10, {(f"c{n:02d}", 1) for n in range(10)})
+    collect(out, source)
+    manifest(25, set())
+    assert collect(out, source) in (EXIT_DONE, EXIT_PARTIAL)
+    assert len(ids(out)) == 50
+
+
+def test_a_file_that_may_not_be_read_is_a_reject_and_the_others_go_on(tmp_path, monkeypatch):
+    source, out, load = recordings(tmp_path / "in", 3), tmp_path / "out", speech_sources.load
+
+    def refuse(turn):
+        if "clip001" in turn.name:
+            raise PermissionError(errno.EACCES, "Permission denied", turn.name)
+        return load(turn)
+
+    monkeypatch.setattr(speech_sources, "load", refuse)
+    assert collect(out, source) == EXIT_PARTIAL
+    assert reject_reasons(out) == ["unreadable_audio"] and len(ids(out)) == 2
+
+
+def test_a_clip_that_a_larger_release_counts_anew_is_no_conflict():
+    rules = Rules(places={("set", 0)})
+    same_place = turn_record("set", 0, "v", TEXT, voice_like(0))
+    assert [reject.reason for reject in apply_rules(UnitResult([same_place], []), rules).rejects] == ["id_conflict"]
+    assert not apply_rules(UnitResult([replace(same_place, source="common_voice")], []), rules).rejects
 
 
 def test_a_turn_that_is_in_a_conversation_is_not_taken_a_second_time_with_other_samples(tmp_path):

@@ -194,6 +194,7 @@ def test_what_lies_there_is_kept_and_what_changed_is_made_anew(flags, clip, tmp_
     assert run(demo.main, flags(asked, temperature=0.5)) == EXIT_DONE
     assert [result["status"] for result in summary(out)] == ["done"] * 3
     (out / "two" / "result.json").write_text("{")  # torn
+    (out / "two" / "turn-0-speaker-0.wav.partial").write_bytes(b"RI")  # the disk was full
     assert run(demo.main, flags(asked, temperature=0.5)) == EXIT_DONE
     assert [result["status"] for result in summary(out)] == ["kept", "done", "kept"]
 

@@ -365,6 +365,9 @@ def test_replies_are_spread_over_conversations_and_their_speaker_was_heard(share
     for conversation, index in chosen:
         assert conversation.speakers[index] in conversation.speakers[max(0, index - CONTEXT_TURNS) : index]
     assert chosen == choose_replies(conversations, len(conversations), seed=0)
+    assert {c.conv_id for c, _ in choose_replies(conversations, 1, seed=0)} != {
+        c.conv_id for seed in range(9) for c, _ in choose_replies(conversations, 1, seed)
+    }, "not always those of the first source"
     single = dataclasses.replace(conversations[0], turns=conversations[0].turns[:1], speakers=(0,))
     assert choose_replies([single], 5, seed=0) == [(single, 0)]
 

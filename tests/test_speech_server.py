@@ -286,8 +286,38 @@ def test_who_hangs_up_is_spoken_to_no_longer(server, container):
     assert server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "response_format": "pcm"})[0] == 200
 
 
+def test_who_hangs_up_while_he_is_heard_has_said_nothing(engine):
+    body = encode_pcm16(voice(0.5, 150, rate=SAMPLE_RATE), SAMPLE_RATE, "WAV")
+    with contextlib.closing(Running(engine, {})) as running:
+        free = threading.Event()
+        running.studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
+        running.studio.woken.set()
+        until(lambda: not running.studio.calls and running.server.started)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)) as connection:
+            connection.request("POST", "/talk/x/hear", body)
+            (job,) = until(lambda: list(running.studio.waiting))
+        until(lambda: job.cancelled)
+        free.set()
+        assert running.ask("POST", "/talk/x/say", {"text": "Hi."})[0] == 200 and running.idle()
+        assert [turn["text"] for turn in running.json("GET", "/talk/x")["turns"]] == ["Hi."]
+
+
+def test_refused_is_who_is_beyond_those_who_speak_and_those_who_wait(engine):
+    with contextlib.closing(Running(engine, {}, speaking=2, waiting=1)) as running:
+        free, asked = threading.Event(), {"input": "Hi."}
+        running.studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
+        running.studio.woken.set()
+        until(lambda: not running.studio.calls and running.server.started)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            first = [pool.submit(running.ask, "POST", "/v1/audio/speech", asked) for _ in range(3)]
+            until(lambda: len(running.studio.waiting) == 3)  # two of them are about to be spoken
+            assert running.error("/v1/audio/speech", asked)[0] == 429
+            free.set()
+            assert [answer.result()[0] for answer in first] == [200] * 3
+
+
 def test_who_hangs_up_before_the_first_sample_makes_room(engine):
-    with contextlib.closing(Running(engine, {}, waiting=1)) as running:
+    with contextlib.closing(Running(engine, {}, speaking=1, waiting=0)) as running:
         free = threading.Event()
         running.studio.calls.append((lambda: free.wait(20), concurrent.futures.Future()))
         running.studio.woken.set()
@@ -313,6 +343,13 @@ def test_who_chooses_no_voice_is_held_to_none(server, monkeypatch):
     for chosen, pinned in ((name, 1), (None, 1), (speech_server.NO_VOICE, 0)):
         assert server.ask("POST", "/talk/plain/say", {"text": "Hi.", "voice": chosen})[0] == 200 and server.idle()
         assert len(jobs[-1].conversation.voices) == pinned
+
+
+def test_a_voice_that_is_named_every_time_is_heard_once(server):
+    name = next(iter(server.voices))
+    for text in ("Hi.", "There.", "You."):
+        assert server.ask("POST", "/talk/steady/say", {"text": text, "voice": name})[0] == 200 and server.idle()
+    assert [turn["text"] for turn in server.json("GET", "/talk/steady")["turns"]][1:] == ["Hi.", "There.", "You."]
 
 
 def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(server, monkeypatch):

@@ -22,6 +22,8 @@ READ = [
     ("in 2005.", "in two thousand and five."),
     ("$5.20, $1, £3 million, €0.99", "five dollars, twenty cents, one dollar, three million pounds, ninety-nine cents"),
     ("1,234.5 of 3.14 and -5", "one thousand, two hundred and thirty-four point five of three point one four and minus five"),
+    ("-5°C, -3%, -$20 and −4 km", "minus five degrees Celsius, minus three percent, minus twenty dollars and minus four kilometers"),
+    ("$.99 for .5 liters", "ninety-nine cents for zero point five liters"),
     ("the 21st, 2nd and 103rd", "the twenty-first, second and one hundred and third"),
     ("5 km, 1 kg, 20°C, 50%, 100 km/h", "five kilometers, one kilogram, twenty degrees Celsius, fifty percent, one hundred kilometers per hour"),
     ("1/2, 3/4, 2/3, 7/200", "one half, three quarters, two thirds, seven over two hundred"),
