@@ -141,11 +141,13 @@ def state_files(folder: Path) -> list[Path]:
 
 
 def load_state(path: Path) -> dict:
-    """One training state. ValueError if the file is torn or of another format."""
+    """One training state. ValueError: torn or of another format; OSError, MemoryError: the machine cannot read it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
     except Exception as error:  # torch.load raises many types for a torn file
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno) or "memory" in str(error):
+            raise  # nothing is wrong with the file
         raise ValueError(f"{path} is damaged or was not written by this project ({type(error).__name__})") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this code reads {FORMAT}")
@@ -153,10 +155,16 @@ def load_state(path: Path) -> dict:
 
 
 def load_newest_state(folder: Path) -> dict | None:
-    """The newest state that loads, or None if there is none; a torn file is named in a warning and passed over."""
-    for path in reversed(state_files(folder)):
+    """The newest state that loads, or None if there are no files; a torn one is named in a warning and passed over.
+
+    ValueError if no file loads: who began anew would lose what may still be saved.
+    """
+    files = state_files(folder)
+    for path in reversed(files):
         try:
             return load_state(path)
         except ValueError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
+    if files:
+        raise ValueError(f"none of the training states in {folder} can be read; move them away to begin anew")
     return None

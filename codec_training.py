@@ -91,7 +91,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if not 0 <= self.warped <= 1:
             raise ValueError(f"warped={self.warped} must lie in [0, 1]")
-        if self.stage_a + self.stage_c >= 1:
+        if self.stage_a + self.stage_c >= 1 and not self.init_from:
             raise ValueError(f"stage_a={self.stage_a} and stage_c={self.stage_c} leave nothing to stage B")
         for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
             if getattr(self, name) <= 0:

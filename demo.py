@@ -48,7 +48,7 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
 MODES = ("interactive", "test", "batch", "web")
 TURN_SECONDS = {"test": 5.0}  # defaults of --max_seconds, else 20 ...
 LEAST_SECONDS = {"test": 1.5}  # ... and --min_seconds, else 0
-FEW_STEPS = 5000  # below this a model of any size babbles
+FEW_STEPS = 1000  # of a training from scratch: below this a model of any size babbles
 BABBLE = (
     "This model was trained for {steps} steps, so its voice babbles: speech-like sound without words. To read its "
     "text it needs 10 or more hours of varied speech and tens of thousands of steps; see the README, 'What to expect'."
@@ -220,8 +220,9 @@ def note_training(checkpoint: str) -> None:
     """Say what the voice can, or if it was trained too little to be understood."""
     if notes := read_speaking(checkpoint).notes:
         print(notes)
-    steps = ((read_settings(Path(checkpoint)) or {}).get("train") or {}).get("max_steps")
-    if steps is not None and steps < FEW_STEPS:
+    settings = read_settings(Path(checkpoint)) or {}
+    steps = (settings.get("train") or {}).get("max_steps")
+    if steps is not None and steps < FEW_STEPS and not settings.get("init_from"):
         print(BABBLE.format(steps=steps))
 
 

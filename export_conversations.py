@@ -7,7 +7,7 @@
     batch   conversations.json of demo.py --mode batch: the texts, and a clip of every speaker from elsewhere
 
 Levels stay as they were recorded. `collect_data.py --sources local --input FILE.jsonl` reads the first three back. The
-index is written last: without it, an export was interrupted. With --tokenizer, what is written are not the recordings
+folder appears when all of it is written. With --tokenizer, what is written are not the recordings
 but what the tokenizer makes of them. What a model says to the batch can be compared with the wav of the same split:
 evaluation_framework.py --systems human=exported spoken=runs/demo/batch
 """
@@ -17,9 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import io
 import json
+import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,7 @@ from rvq_tokenizer import load_tokenizer
 from turn_shards import TurnRecord, read_turns
 
 INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl", "batch": "conversations.json"}
+PARTIAL = ".partial"  # behind the name of a folder that is being written
 LONGEST_CLIP_S = 8.0  # that shows a voice
 GAP_S = 0.3  # between turns whose times are not known
 LONGEST_SILENCE_S = 60.0  # before a dialogue, kept
@@ -64,26 +68,40 @@ def export(
         raise ValueError(f"{data_dir} has no turns in split {split!r}; collect more with collect_data.py")
     if kind == "moshi":
         conversations = with_two_speakers(conversations)
-    if out.exists() and any(out.iterdir()):
+    if tokenizer is not None and (codebooks or 1) > tokenizer.config.n_codebooks:
+        raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another --out or delete what an earlier export left there")
-    out.mkdir(parents=True, exist_ok=True)
-    names = file_names(conversations)
+    names, partial = file_names(conversations), begun(out.resolve())
+    depth = 0 if tokenizer is None else codebooks or tokenizer.config.n_codebooks
     clips = clips_of(conversations) if kind == "batch" else {}
     heard = read_clips(data_dir, {clip.utt_id: 1.0 for clip in clips.values()}) if clips else []
-    samples = {turn.utt_id: wave for turn, wave in heard}
+    samples = {t.utt_id: tokenizer.copies(wave, [depth])[depth] if tokenizer else wave for t, wave in heard}
     requests = functools.partial(write_requests, clips=clips, samples=samples)
     write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder, "batch": requests}[kind]
     rows: dict[int, list[dict]] = {}
     whole = with_audio(data_dir, conversations)
     for number, conversation in tqdm(whole, total=len(conversations), desc="exporting", unit="conversation"):
-        heard = conversation if tokenizer is None else through(tokenizer, codebooks, conversation)
-        rows[number] = write(out, names[number], heard)
+        heard = conversation if tokenizer is None or kind == "batch" else through(tokenizer, depth, conversation)
+        rows[number] = write(partial, names[number], heard)
     ordered = [row for number in sorted(rows) for row in rows[number]]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
     if kind == "batch":
         content = json.dumps({"conversations": ordered}, ensure_ascii=False, indent=1) + "\n"
-    write_atomically(out / INDEX[kind], content.encode())
+    write_atomically(partial / INDEX[kind], content.encode())
+    if out.is_dir():
+        out.rmdir()  # it is empty
+    os.replace(partial, out)
     return len(rows)
+
+
+def begun(out: Path) -> Path:
+    """An empty folder beside `out` to write into, so that `out` is whole or not there."""
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def with_two_speakers(conversations: list[Conversation]) -> list[Conversation]:
@@ -108,9 +126,9 @@ def with_audio(data_dir: Path, conversations: list[Conversation]) -> Iterator[tu
             yield number, build_conversations(parts.pop(number))[0]
 
 
-def through(tokenizer: AudioTokenizer, codebooks: int | None, conversation: Conversation) -> Conversation:
+def through(tokenizer: AudioTokenizer, depth: int, conversation: Conversation) -> Conversation:
     """The conversation as the first codebooks give it back, 24 kHz."""
-    turns, depth = [], codebooks or tokenizer.config.n_codebooks
+    turns = []
     for turn in conversation.turns:
         copy = tokenizer.copies(read_audio(turn.audio)[0], [depth])[depth]
         turns.append(dataclasses.replace(turn, audio=encode_pcm16(copy, SAMPLE_RATE), sample_rate=SAMPLE_RATE))
@@ -139,8 +157,8 @@ def file_names(conversations: list[Conversation]) -> list[str]:
     taken = set()
     for conversation in conversations:
         name = re.sub(r"[^\w.-]+", "_", conversation.conv_id, flags=re.ASCII)[:60].strip("._") or "conversation"
-        while name.lower() in taken:
-            name += "_"
+        if name.lower() in taken:
+            name = f"{name[:51]}-{hashlib.sha256(conversation.conv_id.encode()).hexdigest()[:8]}"
         taken.add(name.lower())
         names.append(name)
     return names

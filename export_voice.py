@@ -44,7 +44,9 @@ def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking,
     check_tokenizer(model.config, tokenizer)
     if not isinstance(tokenizer, RVQTokenizer):
         raise ValueError("only a tokenizer of train_tokenizer.py is exported with its model; Mimi is had by its name")
-    Sampling(**speaking.sampling)
+    chosen = Sampling(**speaking.sampling).codebooks
+    if chosen is not None and chosen > tokenizer.config.n_codebooks:
+        raise ValueError(f"codebooks={chosen} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
     codec, weights = halved(tokenizer, "the tokenizer"), halved(model, "the model", small)
     save_weights(out / "tokenizer", KIND, dataclasses.asdict(tokenizer.config), codec)
     config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
@@ -61,8 +63,20 @@ def data_line(data: Path) -> str:
     return f"{said}; licences: {', '.join(licences)}"
 
 
-def model_card(model: CSM, run_folder: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
+def judged(checkpoint: Path, run_folder: Path) -> tuple[int | None, dict]:
+    """The step of the weights, None where it is the run's last, and what was measured of them, held out."""
+    records = read_metrics(run_folder)
+    best = checkpoint / "best.json"
+    if best.is_file():
+        step = json.loads(best.read_text(encoding="utf-8"))["step"]
+        return step, next((record for record in records if record["step"] == step - 1), {})
+    measured = [record for record in records if "spoken/wer" in record or "val/loss" in record]
+    return None, measured[-1] if measured else {}
+
+
+def model_card(model: CSM, checkpoint: Path, run_folder: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
     """What a user must know, from what the runs wrote down."""
+    step, found = judged(checkpoint, run_folder)
     runs = {name: read_settings(folder) or {} for name, folder in (("model", run_folder), ("tokenizer", tokenizer))}
     rows = []
     for name, settings in runs.items():
@@ -71,9 +85,9 @@ def model_card(model: CSM, run_folder: Path, tokenizer: Path, data: Path, speaki
             f"{place.get('device', 'unknown')}, {place.get('threads', '?')} CPU thread(s), torch {place.get('torch')}"
         )
         steps, seed = own.get("max_steps", "unknown"), own.get("seed", "unknown")
+        steps = f"{step} of {steps}" if name == "model" and step is not None else steps
         rows.append(f"| {name} | {steps} | {seed} | {place.get('commit', 'unknown')} | {where} |")
-    spoken = [record for record in read_metrics(run_folder) if "spoken/wer" in record]
-    last = {key: value for key, value in (spoken[-1] if spoken else {}).items() if key.startswith(("spoken/", "val/"))}
+    last = {key: value for key, value in found.items() if key.startswith(("spoken/", "val/"))}
     commands = [f"    {s['environment']['command']}" for s in runs.values() if "command" in s.get("environment", {})]
     figures = [f"| {key} | {value:.4g} |" for key, value in last.items() if isinstance(value, int | float)]
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -87,7 +101,7 @@ def model_card(model: CSM, run_folder: Path, tokenizer: Path, data: Path, speaki
         "## Training",
         "\n".join(["| | steps | seed | commit | hardware |", "|---|---|---|---|---|", *rows]),
         "\n".join(["Commands:", "", *commands]),
-        "## Figures of the last free-running validation, held-out texts",
+        "## Figures of these weights, held-out texts",
         "\n".join(["| | |", "|---|---|", *figures]) if figures else "not measured",
         "`spoken/` is what a recogniser heard when it spoke freely (shares; `_low` and `_high` bound 95 % intervals), "
         f"`val/` are held-out losses in nats. It speaks with: {json.dumps(speaking.sampling)}.",
@@ -116,7 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
-    card = model_card(model, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
+    for given, written in ((args.checkpoint, args.out), (args.tokenizer, args.out / "tokenizer")):
+        if given.resolve() == written.resolve():
+            raise ValueError(f"--out {args.out} would overwrite {given}, which is read; choose another")
+    card = model_card(model, args.checkpoint, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
     export(model, tokenizer, args.out, speaking, args.float8)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6

@@ -46,7 +46,7 @@ set "PYTHONUTF8=1"
 set "STARTED=%TIME%"
 
 set "COMMAND=%PYTHON% setup_environment.py --extras data eval"
-call :step 1 "Environment: make .venv and install the pinned packages (2 to 5 GB, some minutes the first time)" || goto stopped
+call :step 1 "Environment: make .venv and install the pinned packages (7 GB, some minutes the first time)" || goto stopped
 set "COMMAND=%VENV_PYTHON% collect_data.py --sources synthetic --target_hours 0.5"
 call :step 2 "Data: speak half an hour of two-speaker dialogues with an installed voice" || goto stopped
 set "COMMAND=%VENV_PYTHON% train_tokenizer.py"

@@ -59,7 +59,7 @@ step() { # number, what it does, command...
     echo "      done in $((SECONDS - start)) s"
 }
 
-step 1 "Environment: make .venv and install the pinned packages (2 to 5 GB, some minutes the first time)" \
+step 1 "Environment: make .venv and install the pinned packages (7 GB, some minutes the first time)" \
     "$setup_python" setup_environment.py --extras data eval
 step 2 "Data: speak half an hour of two-speaker dialogues with an installed voice" \
     "$venv_python" collect_data.py --sources synthetic --target_hours 0.5

@@ -207,8 +207,8 @@ class Chat:
                 raise ValueError(f"/voice {file} needs what is said in it: /voice FILE TEXT")
             self.use_voice(file, read_audio(file)[0], text)
         else:
-            name, _, style = rest.partition(" ")
-            self.use_voice(*self.find_voice(name, style.strip() or None))
+            name, style = split_file(rest)
+            self.use_voice(*self.find_voice(name, style or None))
 
     def do_style(self, rest: str) -> None:
         if self.speaker not in self.voices or not rest:

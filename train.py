@@ -34,7 +34,7 @@ from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import choose_bf16, sharded, train
 from training_config import HELP, TrainConfig, recipe
-from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized
+from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized, weight_bytes
 
 ADDITIONS = {  # fields of a CSMConfig that have a flag
     "acoustic_delay": "frames after which acoustic codes re-enter the backbone",
@@ -51,7 +51,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXIT_CODES_HELP,
         argument_default=argparse.SUPPRESS,
     )
-    parser.set_defaults(model_size="nano", init_from="", data=Path("data"), tokenizer=Path("runs/tokenizer"))
+    parser.set_defaults(model_size="nano", init_from="", data=Path("data"), tokenizer="")
     parser.set_defaults(out=None, lora_rank=0, lora_alpha=None, text_tokenizer="", device="auto", precision="auto")
     parser.set_defaults(threads=0, asr="bundled", wandb="")
     parser.add_argument("--model_size", choices=list(PRESETS), help="(default: nano)")
@@ -61,7 +61,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora_rank", type=int, help="learn a change of this rank only (LoRA); 0 = all weights")
     parser.add_argument("--lora_alpha", type=float, help="of LoRA (default: its rank)")
     parser.add_argument("--data", type=Path, help="folder of collect_data.py (default: data)")
-    parser.add_argument("--tokenizer", help="of train_tokenizer.py, or kyutai/mimi (default: runs/tokenizer)")
+    codec = "of train_tokenizer.py, or kyutai/mimi (default: tokenizer/ in --init_from, else runs/tokenizer)"
+    parser.add_argument("--tokenizer", help=codec)
     parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
@@ -84,6 +85,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         settings.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (args.model_size if not args.init_from else "fine_tuned")
+    own = Path(args.init_from) / "tokenizer"
+    args.tokenizer = args.tokenizer or (own if args.init_from and own.is_dir() else Path("runs/tokenizer"))
     args.lora_alpha = float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha
     return args
 
@@ -125,6 +128,7 @@ def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tup
 
 def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     c = settings_of(args, device, ranks)
+    ranks.share_of(c.batch_rows, "batch_rows")
     tokenizer = load_tokenizer(args.tokenizer)
     cache = TokenCache(args.data, tokenizer)
     model, new = build(args, tokenizer, c.seed)
@@ -137,7 +141,8 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
         if sharded(c, ranks):
             raise ValueError("--lora_rank works with --parallel ddp only")
         trained = sum(p.numel() for p in add_lora(model, args.lora_rank, args.lora_alpha, c.seed, new))
-    gib = check_memory(config, c, device, ranks, trained)
+    held = 0 if isinstance(model, CSMConfig) or device.type != "cpu" else weight_bytes(model)
+    gib = check_memory(config, c, device, ranks, trained, held)
     if isinstance(model, CSMConfig):
         model = new_model(config, c.seed, tokenizer)
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -86,11 +86,21 @@ def needed_memory(config: CSMConfig, c: TrainConfig, processes: int, trained: in
     return MARGIN * (states / (processes if c.parallel == "fsdp" else 1) + memory.activations)
 
 
-def check_memory(config: CSMConfig, c: TrainConfig, device: torch.device, ranks: Ranks, trained: int | None) -> float:
-    """GiB that the training will take on each device. ValueError, with the sizes that fit, if there are not so many."""
+def weight_bytes(model: CSM) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def check_memory(
+    config: CSMConfig, c: TrainConfig, device: torch.device, ranks: Ranks, trained: int | None, held: int = 0
+) -> float:
+    """GiB that the training will take on each device. ValueError, with the sizes that fit, if there are not so many.
+
+    `held`: bytes of it that this process has taken already, by weights it has loaded.
+    """
     # processes on CPUs of one machine share its memory
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     needed, free = (needed_memory(config, c, ranks.n, trained), free_memory(device))
+    free = None if free is None else free + held * sharing
     if free is not None and needed * sharing > free:
         sizes = {
             name: dataclasses.replace(size, **shape_of(config)) for name, size in PRESETS.items() if name != "csm-1b"

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its choice)")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     turns = [t for c in build_conversations(read_turns(args.data, False)) if c.split == args.split for t in c.turns]
     hours = sum(turn.duration_s for turn in turns) / 3600
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -151,6 +152,7 @@ class LastTurn(MemoryStore):
 MEMORY_HEADS = {"semantic_heads": 4, "prosodic_heads": 4, "memory_key": 16, "memory_value": 16}
 
 
+@functools.cache
 def memory_variants() -> dict[str, tuple[CSMConfig, int]]:
     """Name -> config and window in turns; all have about the parameters of the dual memory."""
     dual = small_config(**MEMORY_HEADS)
@@ -315,6 +317,7 @@ CROSS_TASKS: dict[str, Callable[[torch.Generator, int], Rows]] = {
 }
 
 
+@functools.cache
 def cross_variants() -> dict[str, CSMConfig]:
     cross = small_config(cross_attention_every=2, text_head=True)
     plain = small_config(text_head=True)

@@ -34,7 +34,12 @@ def settings_of(varied: list[str]) -> list[tuple[str, str]]:
     runs = []
     for text in varied:
         name, sign, values = text.partition("=")
-        if name not in HELP or not sign or not all(values.split(",")):
+        if (
+            name not in HELP
+            or not sign
+            or not all(values.split(","))
+            or {"true", "false"} & {*values.lower().split(",")}
+        ):
             raise ValueError(
                 f"--vary {text}: expected NAME=V1,V2,... with a setting of train.py, for example lr=1e-3,3e-3"
             )
@@ -46,16 +51,19 @@ def train_with(name: str, value: str, out: Path, others: list[str]) -> dict[str,
     """What one run came to; ValueError with its last line if it failed."""
     folder = out / f"{name}-{value}"
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), f"--{name}", value, *others]
-    began = time.perf_counter()
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    timed, began = folder / "minutes.json", time.perf_counter()
+    complete = (folder / "losses.png").is_file()
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    finally:  # of all starts together
+        before = json.loads(timed.read_text()) if timed.is_file() else 0.0
+        if folder.is_dir() and not (complete and before):
+            timed.write_text(json.dumps(before + (time.perf_counter() - began) / 60))
     if done.returncode != EXIT_DONE:
         raise ValueError(
             f"{name}={value} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}"
         )
     records = read_metrics(folder)
-    timed = folder / "minutes.json"
-    if not timed.is_file():
-        timed.write_text(json.dumps((time.perf_counter() - began) / 60))
     last, half = records[-1], records[len(records) // 2 :]
     values = {column: last[column] for column in COLUMNS if column in last}
     values["train/loss"] = statistics.fmean(record["train/loss"] for record in half)

@@ -306,7 +306,7 @@ def peak_alone(args: argparse.Namespace, name: str, precision: str) -> int:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     transformers_version()
     work = read_work(args)
     before = peak()
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     precisions = args.precision.split(",")
     if not set(precisions) <= set(PRECISIONS):
         raise ValueError(f"precision={args.precision} must be one or several of {','.join(PRECISIONS)}")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     info = describe_environment() | {"transformers": transformers_version()}
     work = read_work(args)
     names = ["ours", *REFERENCES, *list(work)[1:]]

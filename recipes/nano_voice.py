@@ -97,7 +97,7 @@ def main() -> int:
     out = args.out or SCALES[args.scale].out
     folder = ROOT / ".venv" / ("Scripts" if os.name == "nt" else "bin")
     python = str(folder / ("python.exe" if os.name == "nt" else "python"))
-    setup = "Environment: make .venv and install the pinned packages (2 to 5 GB, some minutes the first time)"
+    setup = "Environment: make .venv and install the pinned packages (7 GB, some minutes the first time)"
     done = [(setup, [sys.executable, "setup_environment.py", "--extras", "data", "eval"])]
     done += [(title, [python, *words]) for title, words in steps(SCALES[args.scale], out)]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C ends the step under way, which saves first

@@ -59,6 +59,24 @@ def test_a_folder_without_state_gives_none(tmp_path):
     assert load_newest_state(tmp_path) is None
 
 
+def test_what_the_machine_cannot_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_state(tmp_path, step, {"value": torch.tensor(step)})
+    for error in (OSError(errno.EMFILE, "Too many open files"), MemoryError(), RuntimeError("can't allocate memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)):
+                load_newest_state(tmp_path)
+    assert load_newest_state(tmp_path)["step"] == 2
+
+
+def test_a_run_whose_states_are_all_torn_does_not_begin_anew(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, step, {"value": torch.tensor(step)}).write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none of the training states"):
+        load_newest_state(tmp_path)
+
+
 class Bomb:
     def __reduce__(self):
         return (exec, ("raise RuntimeError('a pickle was run')",))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import turn_record, voice, write_tiny_data
+from conftest import tiny_tokenizer, turn_record, voice, write_tiny_data
 
 import collect_data
 import export_conversations
@@ -19,6 +19,7 @@ from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, EXIT_STORAGE, run
 from conversation_formats import Word, recordings_of_csm, recordings_of_moshi, turns_of
 from conversations import build_conversations, split_of
 from export_conversations import INDEX, file_names, spread_words
+from rvq_tokenizer import save_tokenizer
 from speech_sources import COLUMNS, manifest_turns
 from spoken_conversations import read_requests
 from synthetic_voices import trim_silence
@@ -413,7 +414,9 @@ def test_conversations_without_two_speakers_are_left_out_and_counted(data, tmp_p
 
 
 @pytest.mark.parametrize("kind", COLLECTABLE)
-def test_an_interrupted_export_has_no_index_and_is_refused_afterwards(data, tmp_path, monkeypatch, capsys, kind):
+def test_an_interrupted_export_leaves_no_folder_and_is_made_by_the_same_command(
+    data, tmp_path, monkeypatch, capsys, kind
+):
     wanted = len(conversations(data, "train"))
     calls = itertools.count()
 
@@ -428,14 +431,36 @@ def test_an_interrupted_export_has_no_index_and_is_refused_afterwards(data, tmp_
         real = soundfile.read
         monkeypatch.setattr(export_conversations.soundfile, "read", filling)
     assert export(data, tmp_path / "out", kind) == EXIT_STORAGE
-    assert list(tmp_path.glob("out/*/*")) != []
-    assert not (tmp_path / "out" / INDEX[kind]).exists()
+    assert list(tmp_path.glob("out.partial/*/*")) != []
+    assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     capsys.readouterr()
-    assert export(data, tmp_path / "out", "csm") == EXIT_INPUT
+    assert export(data, tmp_path / "out", "csm") == EXIT_DONE
+    assert len((tmp_path / "out" / "data.jsonl").read_text().splitlines()) == wanted
+    assert not (tmp_path / "out.partial").exists()
+    capsys.readouterr()
+    assert export(data, tmp_path / "out", kind) == EXIT_INPUT
     assert_one_line(capsys, "is not empty")
-    assert export(data, tmp_path / "new", "csm") == EXIT_DONE
-    assert len((tmp_path / "new" / "data.jsonl").read_text().splitlines()) == wanted
+
+
+def test_clips_of_a_batch_are_what_the_tokenizer_gives_back(data, tmp_path, capsys):
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tokenizer")
+    assert export(data, tmp_path / "plain", "batch") == EXIT_DONE
+    assert export(data, tmp_path / "coded", "batch", "--tokenizer", str(tmp_path / "tokenizer")) == EXIT_DONE
+    clips = sorted(path.name for path in (tmp_path / "plain").glob("*.wav"))
+    assert clips == sorted(path.name for path in (tmp_path / "coded").glob("*.wav")) != []
+    assert all((tmp_path / "plain" / c).read_bytes() != (tmp_path / "coded" / c).read_bytes() for c in clips)
+    capsys.readouterr()
+    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--codebooks", "99"]
+    assert export(data, tmp_path / "many", "wav", *flags) == EXIT_INPUT
+    assert_one_line(capsys, "codebooks=99 must be at most the tokenizer's 4")
+
+
+def test_names_that_begin_alike_stay_short_and_apart(data):
+    one = conversations(data, "train")[0]
+    many = [dataclasses.replace(one, conv_id="x" * 70 + str(number)) for number in range(30)]
+    names = export_conversations.file_names(many)
+    assert len(set(names)) == 30 and max(map(len, names)) <= 60
 
 
 def test_a_batch_holds_the_texts_and_a_clip_of_every_speaker_from_elsewhere(data, tmp_path):

@@ -75,6 +75,29 @@ def test_the_demo_speaks_as_the_voice_says_unless_told_otherwise(trained, tmp_pa
     assert run(demo.main, ["--checkpoint", str(out), "--mode", "test", "--out", str(tmp_path / "demo")]) == EXIT_INPUT
 
 
+def test_the_card_of_the_best_weights_has_their_step_and_their_figures(trained, tmp_path):
+    (tmp_path / "run" / "best.json").write_text('{"step": 3, "values": {"spoken/wer": 0.1}}')
+    with open(tmp_path / "run" / "metrics.jsonl", "w") as log:
+        for step, wer in ((2, 0.125), (6, 0.875)):
+            log.write(json.dumps({"step": step, "spoken/wer": wer, "val/loss": 5.0}) + "\n")
+    run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")])
+    card = (tmp_path / "voice" / "README.md").read_text()
+    assert "| spoken/wer | 0.125 |" in card and "0.875" not in card and "| model | 3 of " in card
+
+
+def test_what_would_be_overwritten_or_not_be_spoken_is_refused(trained, tmp_path, capsys):
+    for flags, message in (
+        (["--out", str(tmp_path)], "would overwrite"),
+        (["--out", str(tmp_path / "run")], "would overwrite"),
+        (["--out", str(tmp_path / "voice"), "--codebooks", "99"], "codebooks=99 must be at most the tokenizer's 4"),
+    ):
+        before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors"))
+        assert run(export_voice.main, [*trained, *flags]) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors"))
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line(trained, tmp_path, capsys):
     save_tokenizer(tiny_tokenizer(seed=1), tmp_path / "tokenizer")
     assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_INPUT
