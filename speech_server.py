@@ -285,18 +285,24 @@ def heard(content: bytes) -> np.ndarray:
     return read_audio(content)[0]
 
 
+async def comes_before_hanging_up(wanted: asyncio.Future, request: Request) -> bool:
+    """Whether it came before the client was gone; if not it is cancelled."""
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return wanted.done()
+    finally:  # nothing for what is done
+        wanted.cancel()
+        gone.cancel()
+
+
 async def streamed(job: Job, container: str, request: Request) -> Response:
     """A response that begins once there are samples, so that an error before them has its own status. A client that
     hangs up ends it, also while it waits for its turn or a whole file is collected."""
     parts = pcm_of(job)
-    begun, gone = asyncio.ensure_future(anext(parts, b"")), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({begun, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not begun.done():
-            return Response(status_code=499)  # nobody reads it
-    finally:  # nothing for what is done
-        begun.cancel()
-        gone.cancel()
+    begun = asyncio.ensure_future(anext(parts, b""))
+    if not await comes_before_hanging_up(begun, request):
+        return Response(status_code=499)  # nobody reads it
     first = begun.result()
 
     async def body() -> AsyncIterator[bytes]:
@@ -451,15 +457,12 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
 
         job = Job(lambda: talks.get(name, studio.live), [lambda talk: talk.listening(speaker, samples=samples)])
         studio.submit(job)
-        text, gone = asyncio.ensure_future(job.chunks.get()), asyncio.ensure_future(request.receive())
+        text = asyncio.ensure_future(job.chunks.get())
         try:
-            await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not text.done():  # whoever spoke has hung up: the turn is none
+            if not await comes_before_hanging_up(text, request):  # whoever spoke has hung up: the turn is none
                 return Response(status_code=499)
         finally:
             job.cancelled = not text.done()
-            text.cancel()
-            gone.cancel()
         if isinstance(text.result(), Exception):
             raise text.result()
         return JSONResponse({"text": text.result()})

@@ -33,6 +33,7 @@ from conversations import SPLITS, build_conversations  # noqa: E402
 from dataset_pipeline import ConversationDataset  # noqa: E402
 from export_conversations import export  # noqa: E402
 from model_sizes import preset  # noqa: E402
+from ranks import use_threads  # noqa: E402
 from run_folder import describe_environment  # noqa: E402
 from rvq_tokenizer import load_tokenizer  # noqa: E402
 from text_tokenizer import load_text_tokenizer  # noqa: E402
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its choice)")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    use_threads(args.threads)
     turns = [t for c in build_conversations(read_turns(args.data, False)) if c.split == args.split for t in c.turns]
     hours = sum(turn.duration_s for turn in turns) / 3600
     with tempfile.TemporaryDirectory() as folder:

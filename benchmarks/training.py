@@ -42,6 +42,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
 from dataset_pipeline import ConversationDataset
 from frames import IGNORE, Rows
 from model_sizes import PRESETS, PUBLISHED, WITHOUT_ADDITIONS, CSMConfig, preset
+from ranks import use_threads
 from run_folder import describe_environment
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
@@ -306,7 +307,7 @@ def peak_alone(args: argparse.Namespace, name: str, precision: str) -> int:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    use_threads(args.threads)
     transformers_version()
     work = read_work(args)
     before = peak()
@@ -403,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     precisions = args.precision.split(",")
     if not set(precisions) <= set(PRECISIONS):
         raise ValueError(f"precision={args.precision} must be one or several of {','.join(PRECISIONS)}")
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    use_threads(args.threads)
     info = describe_environment() | {"transformers": transformers_version()}
     work = read_work(args)
     names = ["ours", *REFERENCES, *list(work)[1:]]
