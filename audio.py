@@ -88,6 +88,12 @@ def rms_dbfs(samples: np.ndarray) -> float:
     return 10 * np.log10(power) if power > 0 else float("-inf")
 
 
+def at_level(samples: np.ndarray, dbfs: float) -> np.ndarray:
+    """(N,) with a root mean square level of `dbfs`; digital silence as it is."""
+    level = rms_dbfs(samples)
+    return samples * np.float32(10 ** ((dbfs - level) / 20)) if np.isfinite(level) else samples
+
+
 def loudness_lufs(samples: np.ndarray, sample_rate: int) -> float:
     """Integrated loudness by ITU-R BS.1770-4; under 0.4 s (one gating block) the RMS level stands in for it.
 

@@ -389,6 +389,7 @@ def cards(report: dict) -> str:
         ("tokenizer", "wer", SEMANTIC, "word errors, semantic codebooks only"),
         ("tokenizer", "stoi", FULL, "STOI, reconstructions"),
         ("tokenizer", "pesq_wb", FULL, "PESQ, reconstructions"),
+        ("tokenizer", "distill_mos", FULL, "Distill-MOS, reconstructions"),
         ("tokenizer", "speaker_similarity", f"{FULL} to its original", "speaker similarity to the original"),
         ("model", "wer", GENERATED, "word errors, generated speech"),
         ("model", "real_time_factor", GENERATED, "real-time factor"),

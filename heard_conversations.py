@@ -45,10 +45,11 @@ from speech_metrics import (
     SpeakerEncoder,
     TextErrors,
     count_errors,
+    distill_mos,
     require_speech,
 )
 
-VERSION = 5  # of what the metrics mean; values that were kept under another one are measured anew
+VERSION = 6  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
 LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
@@ -383,6 +384,7 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "pronunciation_kept": lambda heard: pronunciation_kept(
         heard.ears.reader, [(turn.speaker, turn.text, turn.samples) for turn in heard.turns]
     ),
+    "distill_mos": lambda heard: _mean(heard.known(lambda turn: distill_mos(turn.samples))),
     "dnsmos": lambda heard: _mean(
         heard.known(lambda turn: dnsmos(resample(require_speech(turn.samples), SAMPLE_RATE, DNSMOS_RATE)))
     ),
@@ -407,8 +409,8 @@ METRICS_OF_CONVERSATIONS: dict[str, Metric] = {
         title="DNSMOS, overall",
         unit="MOS, 1 to 5",
         better="higher",
-        definition="Quality that a network predicts from the first 9 s of a turn (16 kHz, repeated where shorter); "
-        "sees noise and clipping, not prosody.",
+        definition="Quality that a network predicts from the first 9 s of a turn (16 kHz, repeated where shorter, "
+        "brought to one level); sees noise and clipping, not prosody.",
         reference="3.2 to 3.4 good studio speech",
         source="Reddy et al., arXiv 2110.01763, P.835; speechmos",
         needs=("speechmos",),

@@ -30,7 +30,7 @@ from generation import Reply, Sampling
 from heard_conversations import LEFT_OUT, MEASURES, Ears, Heard, Human, Turn, Turns, packages_missing
 from inference_model import InferenceModel
 from run_folder import read_metrics
-from speech_metrics import Figure, Item, NotMeasurable, Recognizer, Tally, bootstrap, count_errors
+from speech_metrics import Figure, Item, NotMeasurable, Recognizer, Tally, bootstrap, count_errors, distill_mos
 from spoken_validation import Tools, hear_codes, mean_cosine, run_away_after, speak_after, spread, time_reply
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
@@ -41,7 +41,7 @@ PLAYERS = 12  # clips that the page offers to listen to
 CONTEXT_TURNS = 4  # that a generated turn hears before it
 CONVERSED = (  # metrics of conversations that the report has of the model's turns and of the real ones
     "pitch_spread", "level_spread", "rate", "pause_share", "pitch_contour", "prosody_distance", "emotional_coherence",
-    "dnsmos",
+    "dnsmos", "distill_mos",
 )  # fmt: skip
 
 
@@ -111,6 +111,9 @@ def evaluate_tokenizer(
         for k, copy in copies.items():
             for metric, measure in tools.paired.items():
                 by_depth.add(metric, str(k), conversation_of(turn), measure, samples, copy)
+        if "distill_mos" not in tools.missing:
+            for system, wave in waves[-1].items():
+                tally.add("distill_mos", system, conversation_of(turn), distill_mos, wave)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "style": turn.style, "text": turn.text}
         rows.append({**row, "seconds": len(samples) / SAMPLE_RATE})
         if audio is not None and index < PLAYERS:

@@ -67,9 +67,28 @@ def each_turn(degrade: degradations.Degrade) -> Callable[[Turns, float, np.rando
     """All turns degraded alike."""
 
     def changed(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
-        return [dataclasses.replace(turn, samples=degrade(turn.samples, severity, lots)) for turn in turns]
+        made = [dataclasses.replace(turn, samples=degrade(turn.samples, severity, lots)) for turn in turns]
+        return spaced_as(turns, made)
 
     return changed
+
+
+def spaced_as(turns: Turns, made: Turns) -> Turns:
+    """Turns made longer or shorter, with the silences between them that there were."""
+    return with_silences(made, silences_of(turns)) if timed(turns) else made
+
+
+def silences_of(turns: Turns) -> list[float]:
+    """Seconds from every turn to the next one; below 0 where they overlap."""
+    return [after.start - before.end for before, after in itertools.pairwise(turns)]
+
+
+def with_silences(turns: Turns, silences: Iterable[float]) -> Turns:
+    """The turns one after the other from where the first one is, with these seconds between them."""
+    made = turns[:1]
+    for turn, silence in zip(turns[1:], silences, strict=True):
+        made.append(same_sound(turn, start=made[-1].end + silence))
+    return made
 
 
 def same_sound(turn: Turn, **changes: object) -> Turn:
@@ -87,7 +106,8 @@ def from_the_middle(degrade: degradations.Degrade) -> Callable[[Turns, float, np
             return turn.once(f"{degrade.__name__} 0", lambda: each_turn(degrade)([turn], 0.0, lots)[0])
 
         half = len(turns) // 2
-        return [*map(as_at_zero, turns[:half]), *each_turn(degrade)(turns[half:], severity, lots)]
+        made = [*map(as_at_zero, turns[:half]), *each_turn(degrade)(turns[half:], severity, lots)]
+        return spaced_as(turns, made)
 
     return changed
 
@@ -124,12 +144,8 @@ def gaps_alike(turns: Turns, severity: float, lots: np.random.Generator) -> Turn
     """The silences between turns move towards their median."""
     if not timed(turns):
         return turns
-    silences = np.array([b.start - a.end for a, b in itertools.pairwise(turns)])
-    made = turns[:1]
-    for turn, silence in zip(turns[1:], silences, strict=True):
-        wanted = silence + severity * (np.median(silences) - silence)
-        made = [*made, same_sound(turn, start=made[-1].end + wanted)]
-    return made
+    silences = np.array(silences_of(turns))
+    return with_silences(turns, silences + severity * (np.median(silences) - silences))
 
 
 def murmured_at(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
@@ -217,13 +233,13 @@ DEGRADATIONS = {
         title="white noise, dB above 40 dB below the speech",
         change=each_turn(degradations.add_noise),
         severities=(0.0, 10.0, 20.0, 30.0, 40.0),
-        expected={"dnsmos": FALLS, "wer": RISES, "speaker_similarity": FALLS},
+        expected={"dnsmos": FALLS, "distill_mos": FALLS, "wer": RISES, "speaker_similarity": FALLS},
     ),
     "clipping": Degradation(
         title="share of the samples that are cut off",
         change=each_turn(degradations.clip),
         severities=(0.0, 0.02, 0.05, 0.15, 0.4),
-        expected={"dnsmos": FALLS, "rate": BLIND},
+        expected={"dnsmos": FALLS, "distill_mos": FALLS, "rate": BLIND},
     ),
     "dropped words": Degradation(
         title="share of pieces of 0.35 s that are missing",
@@ -235,7 +251,9 @@ DEGRADATIONS = {
         title="codebooks left out of 32, of the tokenizer in this repository",
         change=each_turn(degradations.leave_out_codebooks),
         severities=(0.0, 16.0, 24.0, 28.0, 30.0),
-        expected={"dnsmos": FALLS, "wer": RISES, "speaker_similarity": FALLS, "pitch_contour": FALLS},
+        expected={
+            "dnsmos": FALLS, "distill_mos": FALLS, "wer": RISES, "speaker_similarity": FALLS, "pitch_contour": FALLS,
+        },
     ),
     "even level": Degradation(
         title="level of the speech moves less, by the share",
@@ -248,9 +266,9 @@ DEGRADATIONS = {
         change=each_turn(degradations.gain),
         severities=(0.0, -6.0, -3.0, 3.0, 6.0),
         expected={
-            "dnsmos": BLIND, "wer": BLIND, "pitch_spread": BLIND, "level_spread": BLIND, "rate": BLIND,
-            "pause_share": BLIND, "prosody_distance": BLIND, "pitch_contour": BLIND, "speaker_similarity": BLIND,
-            "emotional_coherence": BLIND, "character_run": BLIND,
+            "dnsmos": BLIND, "distill_mos": BLIND, "wer": BLIND, "pitch_spread": BLIND, "level_spread": BLIND,
+            "rate": BLIND, "pause_share": BLIND, "prosody_distance": BLIND, "pitch_contour": BLIND,
+            "speaker_similarity": BLIND, "emotional_coherence": BLIND, "character_run": BLIND,
         },
     ),
     "another voice from the middle on": Degradation(

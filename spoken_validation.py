@@ -61,7 +61,7 @@ class Tools:
 
     def __init__(self, asr: str):
         self.missing: dict[str, str] = {}
-        for metric in (*PAIRED, "wer", "speaker_similarity"):
+        for metric in (*PAIRED, "wer", "speaker_similarity", "distill_mos"):
             absent = [name for name in METRICS[metric].needs if not _imports(name)]
             if absent:
                 self.missing[metric] = f"{', '.join(absent)} not installed: {EVALUATION_PACKAGES}"

@@ -246,7 +246,7 @@ def test_a_missing_package_leaves_its_metric_out_and_says_what_to_install(
     shared_data, tokenizer_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for package in ("pesq", "faster_whisper", "resemblyzer"):
+    for package in ("pesq", "faster_whisper", "resemblyzer", "distillmos"):
         monkeypatch.setitem(sys.modules, package, None)  # makes importing it fail
     assert main([*flags(shared_data, tokenizer_folder, tmp_path / "report")]) == EXIT_DONE
     figures = report_of(tmp_path / "report")["tokenizer"]["figures"]

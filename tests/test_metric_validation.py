@@ -159,6 +159,16 @@ def test_degradations_of_conversations_change_only_what_they_name():
     assert np.ptp(alike) < 1e-6 and np.median(alike) == pytest.approx(np.median(heard(turns, turns).gaps))
 
 
+def test_turns_made_longer_or_shorter_keep_the_silences_between_them():
+    turns, lots = conversation(), np.random.default_rng(0)
+    for name in ("slower", "pauses", "dropped words", "another style from the middle on"):
+        changed = mv.DEGRADATIONS[name].change(turns, mv.DEGRADATIONS[name].severities[-1], lots)
+        assert sum(len(turn.samples) for turn in changed) != sum(len(turn.samples) for turn in turns)
+        assert heard(changed, turns).gaps == pytest.approx(heard(turns, turns).gaps), name
+    untimed = [dataclasses.replace(turn, start=None) for turn in turns]
+    assert all(turn.start is None for turn in mv.DEGRADATIONS["slower"].change(untimed, 0.4, lots))
+
+
 def test_exchanged_and_leaving_voices_are_noticed():
     turns = conversation()
     swapped = [dataclasses.replace(turns[3], speaker="a"), dataclasses.replace(turns[2], speaker="b")]

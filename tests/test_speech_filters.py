@@ -64,6 +64,11 @@ def test_dnsmos_tells_clean_speech_from_noisy_and_clipped_speech(clean):
         assert dnsmos(spoiled.astype(np.float32)) < best - 0.4, how
 
 
+def test_dnsmos_does_not_see_level(clean):
+    for gain in (0.25, 2.0):
+        assert dnsmos(np.float32(gain) * clean) == pytest.approx(dnsmos(clean), abs=1e-4)
+
+
 def test_poor_turns_are_refused_with_their_figure_and_good_ones_keep_it(clean):
     turn = turn_of(clean)
     score = dnsmos(read_audio(turn.audio, RATE)[0])

@@ -22,6 +22,7 @@ from speech_metrics import (
     bootstrap,
     code_histograms,
     count_errors,
+    distill_mos,
     entropy,
     log_mel_distance,
     perplexity_figures,
@@ -137,6 +138,22 @@ def test_a_text_without_words_is_refused_and_an_empty_transcript_is_all_deletion
     with pytest.raises(NotMeasurable):
         count_errors("...", "hello")
     assert count_errors("hello there", "").deletions == 2
+
+
+def test_predicted_quality_falls_with_noise_clipping_and_fewer_bands_and_does_not_see_level():
+    good = distill_mos(speech(0))
+    assert distill_mos(np.float32(0.3) * speech(0)) == pytest.approx(good, abs=1e-3)
+    clipped = np.clip(speech(0), *np.float32(np.quantile(speech(0), (0.15, 0.85))))
+    for worse in ([noisy(speech(0), level) for level in (20, 10, 0)], [low_passed(speech(0), 3400)], [clipped]):
+        assert np.all(np.diff([good, *map(distill_mos, worse)]) < -0.2)
+    with pytest.raises(NotMeasurable, match="silent"):
+        distill_mos(np.zeros(SAMPLE_RATE, np.float32))
+    assert 1 <= distill_mos(speech(0)[: SAMPLE_RATE // 20]) <= 5
+
+
+def test_the_level_of_a_clip_changes_no_word(recognizer):
+    hard = noisy(speech(1), 3)
+    assert recognizer.transcribe(hard) == recognizer.transcribe(np.float32(0.25) * hard)  # a power of two, so exact
 
 
 def test_word_error_rate_rises_with_noise(recognizer):
