@@ -155,6 +155,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ser", default="", metavar="MODEL", help=ser_help)
     squim_help = "with --systems: also quality as SQUIM hears it; downloads its weights once"
     parser.add_argument("--squim", action="store_true", help=squim_help)
+    phones_help = "with --systems: tell pronunciations by this phoneme recogniser, a hub name or a folder, for example "
+    phones_help += "facebook/wav2vec2-lv-60-espeak-cv-ft (default: pocketsphinx)"
+    parser.add_argument("--phones", default="", metavar="MODEL", help=phones_help)
     workers_help = "processes of --validate and --systems (default: number of cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
@@ -252,7 +255,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
 
 def ears_of(args: argparse.Namespace) -> tuple[Ears, dict[str, str]]:
     """What listens to conversations, and why metrics are missing: a package, or a model that was asked for."""
-    ears, missing = Ears.to_be_had(args.asr, args.ser, args.squim)
+    ears, missing = Ears.to_be_had(args.asr, args.ser, args.squim, args.phones)
     return ears, {**packages_missing(), **missing}
 
 

@@ -33,8 +33,8 @@ from audio import SAMPLE_RATE, resample
 from command_line import MissingRequirement
 from content_recall import CONTENT_RECALL, USER, answers_to, most_between, recalled, turns_between
 from conversations import Conversation
-from listening_models import LISTENER_METRICS, EmotionRecognizer, Squim
-from pronunciation import PRONUNCIATION_METRICS, PronunciationReader, homographs_right, pronunciation_kept
+from listening_models import LISTENER_METRICS, EmotionRecognizer, PhoneRecognizer, Squim
+from pronunciation import PRONUNCIATION_METRICS, PhoneReader, PronunciationReader, homographs_right, pronunciation_kept
 from speech_filters import RATE as DNSMOS_RATE
 from speech_filters import dnsmos
 from speech_metrics import (
@@ -122,9 +122,10 @@ class Ears:
     asr: str = "bundled"
     ser: str = ""
     squim: bool = False
+    phones: str = ""  # "": pocketsphinx
 
     @classmethod
-    def to_be_had(cls, asr: str, ser: str, squim: bool) -> tuple[Ears, dict[str, str]]:
+    def to_be_had(cls, asr: str, ser: str, squim: bool, phones: str = "") -> tuple[Ears, dict[str, str]]:
         """With the optional models that can be loaded here, and why the metrics of the others are missing."""
         missing = {}
         if ser:
@@ -137,7 +138,12 @@ class Ears:
                 Squim()
             except MissingRequirement as reason:
                 squim, missing = False, missing | dict.fromkeys(("squim_pesq", "squim_stoi"), str(reason))
-        return cls(asr, ser, squim), missing
+        if phones:
+            try:
+                PhoneRecognizer(phones)
+            except MissingRequirement as reason:
+                phones, missing = "", missing | dict.fromkeys(PRONUNCIATION_METRICS, str(reason))
+        return cls(asr, ser, squim, phones), missing
 
     @functools.cached_property
     def recognizer(self) -> Recognizer:
@@ -149,7 +155,7 @@ class Ears:
 
     @functools.cached_property
     def reader(self) -> PronunciationReader:
-        return PronunciationReader()
+        return PhoneReader(PhoneRecognizer(self.phones).likelihoods) if self.phones else PronunciationReader()
 
     @functools.cached_property
     def emotions(self) -> EmotionRecognizer:

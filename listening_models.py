@@ -1,10 +1,13 @@
-"""Pretrained listeners behind flags: speech emotion recognition (--ser) and SQUIM (--squim). Both download weights.
+"""Pretrained listeners behind flags: emotions (--ser), SQUIM (--squim) and phones (--phones). All download weights.
 
 What they say is not validated here, as their weights cannot be shipped: see the metrics' definitions. Samples are
 float32 (N,) at 24 kHz.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +19,20 @@ from speech_metrics import Metric, require_speech
 
 RATE = 16000  # Hz, of both
 SHORTEST_SECONDS = 0.5  # what is shorter is padded with silence: the networks need some frames
+
+# ARPAbet -> how espeak writes it in American English, allophones of one phone together
+IPA = {
+    "AA": "ɑː ɑ", "AE": "æ", "AH": "ʌ ə ɐ", "AO": "ɔː ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b", "CH": "tʃ", "D": "d",
+    "DH": "ð", "EH": "ɛ e", "ER": "ɜː ɚ", "EY": "eɪ", "F": "f", "G": "ɡ g", "HH": "h", "IH": "ɪ ᵻ", "IY": "iː i",
+    "JH": "dʒ", "K": "k", "L": "l ɫ", "M": "m", "N": "n", "NG": "ŋ", "OW": "oʊ əʊ", "OY": "ɔɪ", "P": "p", "R": "ɹ r",
+    "S": "s", "SH": "ʃ", "T": "t ɾ", "TH": "θ", "UH": "ʊ", "UW": "uː u", "V": "v", "W": "w", "Y": "j", "Z": "z",
+    "ZH": "ʒ",
+}  # fmt: skip
+# What it writes as one
+JOINED = {
+    ("AA", "R"): "ɑːɹ", ("AH", "L"): "əl", ("AO", "R"): "ɔːɹ oːɹ", ("AY", "ER"): "aɪɚ", ("EH", "R"): "ɛɹ",
+    ("IH", "R"): "ɪɹ", ("UH", "R"): "ʊɹ",
+}  # fmt: skip
 
 LISTENER_METRICS = {
     "emotion_agreement": Metric(
@@ -80,6 +97,61 @@ class EmotionRecognizer:
     def agreement(self, samples: np.ndarray, real: np.ndarray) -> float:
         """(N,), (M,) -> LISTENER_METRICS["emotion_agreement"]."""
         return float(np.minimum(self.probabilities(samples), self.probabilities(real)).sum())
+
+
+class PhoneRecognizer:
+    """How likely phones were said, by any CTC model of transformers that writes them as espeak does.
+
+    Sesame transcribed its homographs with facebook/wav2vec2-lv-60-espeak-cv-ft.
+    """
+
+    def __init__(self, name: str):
+        try:
+            from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+        except ImportError as error:
+            raise MissingRequirement("--phones needs transformers: pip install transformers") from error
+        try:
+            self._features = AutoFeatureExtractor.from_pretrained(name)
+            self._model = AutoModelForCTC.from_pretrained(name, use_safetensors=True).eval()
+            tokenizer = AutoTokenizer.from_pretrained(name, do_phonemize=False)
+        except Exception as error:  # hub, network and file errors come in many types
+            raise MissingRequirement(
+                f"--phones {name}: no phoneme recogniser to be had there ({str(error).splitlines()[0]}); "
+                "give the folder of a downloaded one"
+            ) from error
+        written, self._blank = tokenizer.get_vocab(), tokenizer.pad_token_id
+        self._tokens = {
+            phone: [written[ipa] for ipa in spelt.split() if ipa in written]
+            for phone, spelt in {**IPA, **JOINED}.items()
+        }
+        if lacking := [phone for phone in IPA if not self._tokens[phone]]:
+            raise MissingRequirement(f"--phones {name}: it writes no {', '.join(lacking)} as espeak does; give another")
+
+    @torch.inference_mode()
+    def likelihoods(self, samples: np.ndarray, readings: Sequence[Sequence[str]]) -> list[float]:
+        """(N,), phones in ARPAbet -> nats of all of each reading, -inf where it is too long. NotMeasurable: silent.
+
+        Connectionist temporal classification (Graves et al. 2006, section 4.1) over phones instead of tokens.
+        """
+        given = self._features(at_rate(samples)[0].numpy(), sampling_rate=RATE, return_tensors="pt")
+        tokens = self._model(**given).logits[0].log_softmax(dim=-1)  # (T, tokens)
+        return [-self._loss(tokens, list(phones)) for phones in readings]
+
+    def _loss(self, tokens: torch.Tensor, phones: list[str]) -> float:
+        """(T, tokens) -> nats."""
+        units: list[str | tuple[str, str]] = []
+        for phone in phones:
+            pair = (units[-1], phone) if units else ()
+            if self._tokens.get(pair):
+                units[-1] = pair
+            else:
+                units.append(phone)
+        places = {unit: place for place, unit in enumerate(dict.fromkeys(units), start=1)}
+        columns = [tokens[:, self._blank], *(tokens[:, self._tokens[unit]].logsumexp(dim=-1) for unit in places)]
+        targets = torch.tensor([[places[unit] for unit in units]])
+        lengths = torch.tensor([len(tokens)]), torch.tensor([len(units)])
+        loss = torch.nn.functional.ctc_loss(torch.stack(columns, dim=1)[:, None], targets, *lengths, reduction="sum")
+        return float(loss) if math.isfinite(loss) else math.inf
 
 
 class Squim:

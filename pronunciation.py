@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,8 @@ PRONUNCIATION_METRICS = {
         unit="share right",
         better="higher",
         definition="Share of turns that are one of 80 sentences on lead, bass, wound and row in which the word is "
-        "pronounced as the sentence means it. Forced choice between the two by pocketsphinx.",
+        "pronounced as the sentence means it. Forced choice between the two by pocketsphinx, or with --phones by "
+        "a phoneme recogniser.",
         reference="0.5 for a voice that does not read on; known audio: see README",
         source='Sesame, "Crossing the Uncanny Valley of Conversational Voice", evaluation; sentences of this project',
         needs=("pocketsphinx",),
@@ -164,6 +165,28 @@ class PronunciationReader:
         if found is None or spoken[place] not in found.hypstr.split():
             return None
         return math.log(found.score)
+
+
+class PhoneReader(PronunciationReader):
+    """The same choice by how likely a phoneme recogniser holds the phones of the sentence with either."""
+
+    def __init__(self, likelihoods: Callable[[np.ndarray, Sequence[Sequence[str]]], list[float]]):
+        super().__init__()
+        self._likelihoods = likelihoods
+
+    def heard(self, samples: np.ndarray, text: str) -> int:
+        return int(self.margin(samples, text) <= 0)
+
+    def margin(self, samples: np.ndarray, text: str) -> float:
+        """Nats by which the first pronunciation is likelier. NotMeasurable: silent, or shorter than its phones."""
+        word, spoken = sentences()[text].word, tokens_of(text)
+        place = spoken.index(word.word)
+        phones = [self.decoder.lookup_word(token) for token in spoken]
+        readings = [" ".join([*phones[:place], said, *phones[place + 1 :]]).split() for said in word.phones]
+        one, two = self._likelihoods(samples, readings)
+        if max(one, two) == -math.inf:
+            raise NotMeasurable("the sentence cannot be aligned with the audio")
+        return one - two
 
 
 def homographs_right(reader: PronunciationReader, turns: Sequence[tuple[str, np.ndarray]]) -> float:
