@@ -18,7 +18,7 @@ from pathlib import Path
 
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from speech_metrics import Metric, NotMeasurable, normalise
+from speech_metrics import NOT_ASKED, Metric, NotMeasurable, normalise
 
 SENTENCES = Path(__file__).parent / "corpus" / "recall.json"
 NAME = re.compile(r"recall-([a-z]+)-([0-9]+)")
@@ -65,11 +65,20 @@ def conversations(between: Sequence[int]) -> dict[str, list[dict]]:
 
 def answers_to(name: str) -> list[str]:
     """Words of which one must be in the answer of the conversation `name`. NotMeasurable: it is none of these."""
+    if not is_recall(name):
+        raise NotMeasurable(f"{NOT_ASKED}not a conversation that asks for what was told")
+    return _facts()[NAME.fullmatch(name)[1]]
+
+
+def is_recall(name: str) -> bool:
+    """Whether it is the name of one of these conversations."""
     found = NAME.fullmatch(name)
-    facts = {fact["name"]: fact["answers"] for fact in _content()["facts"]}
-    if found is None or found[1] not in facts:
-        raise NotMeasurable("not a conversation that asks for what was told")
-    return facts[found[1]]
+    return found is not None and found[1] in _facts()
+
+
+def _facts() -> dict[str, list[str]]:
+    """Name -> words of which one answers."""
+    return {fact["name"]: fact["answers"] for fact in _content()["facts"]}
 
 
 def turns_between(name: str) -> int:

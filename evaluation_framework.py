@@ -22,7 +22,7 @@ from architecture import load_model
 from audio_tokenizer import fingerprint
 from checkpointing import write_atomically
 from codec_gates import as_values, check_gates, codebook_use, draw_gates, print_gates
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, only_run_in, run
 from conversations import load_clips
 from evaluation_report import (
     collect_warnings,
@@ -59,6 +59,7 @@ from metric_validation import (
     plain_verdict,
     print_verdicts,
 )
+from ranks import pick_device
 from run_folder import describe_environment
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import METRICS
@@ -161,7 +162,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     workers_help = "processes of --validate and --systems (default: number of cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=workers_help)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
-    return with_defaults(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    for name in ("threads", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.listening < 0 or (args.listening and not args.systems):
+        raise ValueError("--listening N needs two --systems and a number of turns from 1")
+    return with_defaults(args)
 
 
 def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
@@ -299,13 +306,16 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
         "environment": describe_environment(),
         "settings": dataclasses.asdict(settings),
         "systems": [name for name, _ in args.systems],
+        "ears": dataclasses.asdict(ears),
         "missing": missing,
-        "warnings": [f"{m} was not measured: {reason}." for m, reason in missing.items()] + warnings_of(systems, found),
+        "warnings": [f"{m} was not measured: {reason}." for m, reason in missing.items()]
+        + warnings_of(systems, figures, found),
         "figures": plain(figures),
         "differences": [dataclasses.asdict(each) for each in found],
         "measured": measured,
         "note": "Means over conversations, in brackets 95 % bootstrap intervals over them; then the difference to "
-        f"{args.systems[0][0]} over shared conversations and p of the sign-flip test, corrected by Holm.",
+        f"{args.systems[0][0]} over shared conversations and p of the sign-flip test, corrected by Holm. "
+        f"Words are heard by {args.asr}, pronunciations by {ears.phones or 'pocketsphinx'}.",
     }
     write_comparison(args.out, systems, report, figures, found)
     print_comparison(report, figures, found)
@@ -321,8 +331,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingRequirement(f"device {args.device!r} asked for, but this torch sees no CUDA; use --device cpu")
+    args.device = str(pick_device(args.device))
     torch.set_num_threads(args.threads)
     with only_run_in(args.out):
         if args.gates:

@@ -34,11 +34,20 @@ from command_line import MissingRequirement
 from content_recall import CONTENT_RECALL, USER, answers_to, most_between, recalled, turns_between
 from conversations import Conversation
 from listening_models import LISTENER_METRICS, EmotionRecognizer, PhoneRecognizer, Squim
-from pronunciation import PRONUNCIATION_METRICS, PhoneReader, PronunciationReader, homographs_right, pronunciation_kept
+from pronunciation import (
+    PRONUNCIATION_METRICS,
+    PhoneReader,
+    PronunciationReader,
+    Said,
+    homographs_right,
+    is_asked,
+    pronunciation_kept,
+)
+from speech_filters import DNSMOS_SAMPLES, dnsmos
 from speech_filters import RATE as DNSMOS_RATE
-from speech_filters import dnsmos
 from speech_metrics import (
     METRICS,
+    NOT_ASKED,
     Metric,
     NotMeasurable,
     Recognizer,
@@ -53,6 +62,7 @@ VERSION = 6  # of what the metrics mean; values that were kept under another one
 PACKAGES = "python setup_environment.py --extras data eval filters"
 LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
+MOST_RATED = DNSMOS_SAMPLES * SAMPLE_RATE // DNSMOS_RATE  # samples that DNSMOS hears
 Value = TypeVar("Value")
 
 
@@ -177,6 +187,10 @@ class Ears:
     def stoi_pesq(self, turn: Turn) -> tuple[float, float]:
         """As SQUIM hears it. NotMeasurable: silent."""
         return turn.once("stoi_pesq", lambda: self.quality.stoi_pesq(turn.samples))
+
+    def pronounced(self, turn: Turn) -> int:
+        """Which of the two pronunciations. NotMeasurable: silent, or it cannot be aligned with its text."""
+        return turn.once("pronounced", lambda: self.reader.heard(turn.samples, turn.text))
 
     def errors(self, turn: Turn) -> TextErrors:
         """NotMeasurable: the text has no words."""
@@ -340,8 +354,14 @@ class Heard:
     def recall(self, between: int) -> float:
         """Where the answer is asked for after so many other exchanges."""
         if turns_between(self.name) != between:
-            raise NotMeasurable(f"not asked after {between} exchanges")
+            raise NotMeasurable(f"{NOT_ASKED}after {between} exchanges")
         return self.recalled
+
+    def sentences(self) -> list[Said]:
+        """The turns that are sentences about a pronunciation, and which of the two is heard."""
+        asked = [turn for turn in self.turns if is_asked(turn.text)]
+        found = self.each(self.ears.pronounced, asked) if asked else []
+        return [Said(turn.speaker, turn.text, heard) for turn, heard in zip(asked, found, strict=True)]
 
     def confusion(self) -> float:
         return _mean(cm.confused(*self.embeddings()).tolist())
@@ -384,15 +404,11 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "squim_stoi": lambda heard: _mean(stoi for stoi, _ in heard.known(heard.ears.stoi_pesq)),
     "squim_pesq": lambda heard: _mean(pesq for _, pesq in heard.known(heard.ears.stoi_pesq)),
     "wer": Heard.errors,
-    "homographs": lambda heard: homographs_right(
-        heard.ears.reader, [(turn.text, turn.samples) for turn in heard.turns]
-    ),
-    "pronunciation_kept": lambda heard: pronunciation_kept(
-        heard.ears.reader, [(turn.speaker, turn.text, turn.samples) for turn in heard.turns]
-    ),
+    "homographs": lambda heard: homographs_right(heard.sentences()),
+    "pronunciation_kept": lambda heard: pronunciation_kept(heard.sentences()),
     "distill_mos": lambda heard: _mean(heard.known(lambda turn: distill_mos(turn.samples))),
     "dnsmos": lambda heard: _mean(
-        heard.known(lambda turn: dnsmos(resample(require_speech(turn.samples), SAMPLE_RATE, DNSMOS_RATE)))
+        heard.known(lambda turn: dnsmos(resample(require_speech(turn.samples[:MOST_RATED]), SAMPLE_RATE, DNSMOS_RATE)))
     ),
 }
 

@@ -6,6 +6,7 @@ float32 (N,) at 24 kHz.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,8 @@ IPA = {
     "S": "s", "SH": "ʃ", "T": "t ɾ", "TH": "θ", "UH": "ʊ", "UW": "uː u", "V": "v", "W": "w", "Y": "j", "Z": "z",
     "ZH": "ʒ",
 }  # fmt: skip
-# What it writes as one
+# What it may write as one
+Unit = str | tuple[str, str]
 JOINED = {
     ("AA", "R"): "ɑːɹ", ("AH", "L"): "əl", ("AO", "R"): "ɔːɹ oːɹ", ("AY", "ER"): "aɪɚ", ("EH", "R"): "ɛɹ",
     ("IH", "R"): "ɪɹ", ("UH", "R"): "ʊɹ",
@@ -129,23 +131,31 @@ class PhoneRecognizer:
 
     @torch.inference_mode()
     def likelihoods(self, samples: np.ndarray, readings: Sequence[Sequence[str]]) -> list[float]:
-        """(N,), phones in ARPAbet -> nats of all of each reading, -inf where it is too long. NotMeasurable: silent.
+        """(N,), words of phones in ARPAbet -> nats of all of each reading, -inf where it is too long.
 
         Connectionist temporal classification (Graves et al. 2006, section 4.1) over phones instead of tokens.
+        NotMeasurable: silent.
         """
         given = self._features(at_rate(samples)[0].numpy(), sampling_rate=RATE, return_tensors="pt")
         tokens = self._model(**given).logits[0].log_softmax(dim=-1)  # (T, tokens)
-        return [-self._loss(tokens, list(phones)) for phones in readings]
+        return [-self._loss(tokens, words) for words in readings]
 
-    def _loss(self, tokens: torch.Tensor, phones: list[str]) -> float:
-        """(T, tokens) -> nats."""
-        units: list[str | tuple[str, str]] = []
-        for phone in phones:
-            pair = (units[-1], phone) if units else ()
-            if self._tokens.get(pair):
-                units[-1] = pair
-            else:
-                units.append(phone)
+    def _loss(self, tokens: torch.Tensor, words: Sequence[str]) -> float:
+        """(T, tokens) -> nats; every pair that may be written as one is taken in the likelier of its two spellings."""
+        units: list[Unit] = [phone for word in words for phone in word.split()]
+        ends = set(itertools.accumulate(len(word.split()) for word in words))
+        found = self._loss_of(tokens, units)
+        for place in reversed(range(len(units) - 1)):
+            pair = (units[place], units[place + 1])
+            if place + 1 not in ends and self._tokens.get(pair):
+                joined = [*units[:place], pair, *units[place + 2 :]]
+                loss = self._loss_of(tokens, joined)
+                if loss < found:
+                    units, found = joined, loss
+        return found
+
+    def _loss_of(self, tokens: torch.Tensor, units: Sequence[Unit]) -> float:
+        """(T, tokens) -> nats of all paths that write these units."""
         places = {unit: place for place, unit in enumerate(dict.fromkeys(units), start=1)}
         columns = [tokens[:, self._blank], *(tokens[:, self._tokens[unit]].logsumexp(dim=-1) for unit in places)]
         targets = torch.tensor([[places[unit] for unit in units]])

@@ -26,10 +26,12 @@ from audio import SAMPLE_RATE, resample
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
 from phone_alignments import RATE, hear, tokens_of
-from speech_metrics import EVALUATION_PACKAGES, Metric, NotMeasurable, require_speech
+from speech_metrics import EVALUATION_PACKAGES, NOT_ASKED, Metric, NotMeasurable, require_speech
 
 SENTENCES = Path(__file__).parent / "corpus" / "pronunciation.json"
 RELIABLE = 0.8  # share of known audio heard right, below which a word is not asked for
+NO_HOMOGRAPH = NOT_ASKED + "no turn is one of the homograph sentences"
+NO_WORD_TWICE = NOT_ASKED + "no speaker says a word of two pronunciations in two turns"
 LEAD_SECONDS = 0.1  # of silence around a turn: the first and the last word need some
 
 PRONUNCIATION_METRICS = {
@@ -182,44 +184,53 @@ class PhoneReader(PronunciationReader):
         word, spoken = sentences()[text].word, tokens_of(text)
         place = spoken.index(word.word)
         phones = [self.decoder.lookup_word(token) for token in spoken]
-        readings = [" ".join([*phones[:place], said, *phones[place + 1 :]]).split() for said in word.phones]
+        readings = [[*phones[:place], said, *phones[place + 1 :]] for said in word.phones]
         one, two = self._likelihoods(samples, readings)
         if max(one, two) == -math.inf:
             raise NotMeasurable("the sentence cannot be aligned with the audio")
         return one - two
 
 
-def homographs_right(reader: PronunciationReader, turns: Sequence[tuple[str, np.ndarray]]) -> float:
-    """(text, samples) of a conversation's turns -> PRONUNCIATION_METRICS["homographs"].
+class Said(NamedTuple):
+    """A turn whose text is one of the sentences."""
 
-    NotMeasurable: no turn is a sentence of the list, or none can be aligned.
+    speaker: str
+    text: str
+    heard: int | None  # which pronunciation; None: it could not be aligned
+
+
+def is_asked(text: str) -> bool:
+    """Whether it is one of the sentences whose word can be told apart reliably."""
+    return text in sentences() and sentences()[text].word.reliable
+
+
+def homographs_right(said: Sequence[Said]) -> float:
+    """The sentences of a conversation -> PRONUNCIATION_METRICS["homographs"].
+
+    NotMeasurable: none is about a homograph, or none can be aligned.
     """
-    right = []
-    for text, samples in turns:
-        asked = sentences().get(text)
-        if asked is not None and asked.meant is not None and asked.word.reliable:
-            right.append(reader.heard(samples, text) == asked.meant)
-    if not right:
-        raise NotMeasurable("no turn is one of the homograph sentences")
-    return float(np.mean(right))
+    meant = [(sentences()[each.text].meant, each.heard) for each in said if sentences()[each.text].meant is not None]
+    if not meant:
+        raise NotMeasurable(NO_HOMOGRAPH)
+    if not (heard := [wanted == found for wanted, found in meant if found is not None]):
+        raise NotMeasurable("no homograph sentence can be aligned with the audio")
+    return float(np.mean(heard))
 
 
-def pronunciation_kept(reader: PronunciationReader, turns: Sequence[tuple[str, str, np.ndarray]]) -> float:
-    """(speaker, text, samples) of a conversation's turns -> PRONUNCIATION_METRICS["pronunciation_kept"].
+def pronunciation_kept(said: Sequence[Said]) -> float:
+    """The sentences of a conversation -> PRONUNCIATION_METRICS["pronunciation_kept"].
 
-    NotMeasurable: no speaker says one of the words in two turns of the list, or they cannot be aligned.
+    NotMeasurable: no speaker says one of the words in two turns, or they cannot be aligned.
     """
+    words_said = [(each, (each.speaker, sentences()[each.text].word.word)) for each in said]
+    words_said = [(each, word) for each, word in words_said if sentences()[each.text].meant is None]
+    if len({word for _, word in words_said}) == len(words_said):
+        raise NotMeasurable(NO_WORD_TWICE)
     first: dict[tuple[str, str], int] = {}
-    kept = []
-    for speaker, text, samples in turns:
-        asked = sentences().get(text)
-        if asked is None or asked.meant is not None or not asked.word.reliable:
-            continue
-        heard = reader.heard(samples, text)
-        before = first.setdefault((speaker, asked.word.word), heard)
-        kept.append(heard == before)
+    heard = [(word, each.heard) for each, word in words_said if each.heard is not None]
+    kept = [found == first.setdefault(word, found) for word, found in heard]
     if len(kept) == len(first):
-        raise NotMeasurable("no speaker says a word of two pronunciations in two turns")
+        raise NotMeasurable("no two turns with one word can be aligned with the audio")
     return float((sum(kept) - len(first)) / (len(kept) - len(first)))
 
 

@@ -111,7 +111,8 @@ def dnsmos(samples: np.ndarray) -> float:
     """
     from speechmos import dnsmos as model
 
-    heard = np.resize(np.clip(at_level(samples, DNSMOS_DBFS), -1, 1), DNSMOS_SAMPLES)
+    heard = at_level(samples[:DNSMOS_SAMPLES], DNSMOS_DBFS)
+    heard = np.resize(heard / max(1.0, np.abs(heard).max(initial=0.0)), DNSMOS_SAMPLES)
     return float(model.run(heard, RATE)["ovrl_mos"])
 
 

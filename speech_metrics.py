@@ -39,6 +39,9 @@ FEWEST_CONVERSATIONS = 10  # below this a percentile bootstrap over conversation
 RESAMPLES = 2000  # of the bootstrap
 
 
+NOT_ASKED = "not asked: "  # begins the reason where a metric is for sentences that nobody was given
+
+
 class NotMeasurable(ValueError):
     """The metric is not defined for this clip; the text is the reason, the same for all clips of its kind."""
 
@@ -284,8 +287,8 @@ def _distill_mos() -> torch.nn.Module:
 
 
 def distill_mos(samples: np.ndarray) -> float:
-    """(N,) at 24 kHz -> METRICS["distill_mos"]. NotMeasurable: silent."""
-    heard = resample(require_speech(samples)[: LONGEST_JUDGED_S * SAMPLE_RATE], SAMPLE_RATE, ASR_RATE)
+    """(N,) at 24 kHz -> METRICS["distill_mos"]. NotMeasurable: its first 30 s are silent."""
+    heard = resample(require_speech(samples[: LONGEST_JUDGED_S * SAMPLE_RATE]), SAMPLE_RATE, ASR_RATE)
     with torch.inference_mode():
         return float(_distill_mos()(torch.from_numpy(heard)[None]))
 

@@ -16,6 +16,7 @@ import hashlib
 import html
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ import numpy as np
 
 from audio import SAMPLE_RATE, resample, rms_dbfs, write_wav
 from checkpointing import write_atomically
+from content_recall import is_recall
 from conversation_formats import Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
 from heard_conversations import (
@@ -47,6 +49,7 @@ from heard_conversations import (
 )
 from speech_metrics import (
     FEWEST_CONVERSATIONS,
+    NOT_ASKED,
     RESAMPLES,
     SILENCE_DBFS,
     Figure,
@@ -62,6 +65,8 @@ OF_SENTENCES = ("homographs", "pronunciation_kept", "content_recall", *RECALLED)
 TIMES = {"seconds_to_first_audio": "first_audio", "real_time_factor": "real_time_factor"}  # in a batch's results
 OF_TIMES = tuple(TIMES.values())  # that the system itself wrote down
 FLIPS = 10_000  # of the signs of the differences
+ALL_SIGNS = 13  # differences up to which all signs are tried
+SURE = 0.05  # p, corrected, below which a difference is told from chance
 RESULT = "result.json"  # of a conversation of a batch
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
@@ -87,17 +92,26 @@ class System:
 def read_system(name: str, path: Path) -> System:
     """ValueError if none of it can be read; single bad files are named in `refused`."""
     conversations: Conversations = {}
-    refused = []
+    refused, places, torn = [], set(), set()
     for recording in sorted(recordings_of(path), key=lambda r: (r.conversation, r.turn_index)):
-        turns, text = conversations.setdefault(name_of(recording), []), (recording.text or "").strip()
+        name_said, text = name_of(recording), (recording.text or "").strip()
+        turns = conversations.setdefault(name_said, [])
         try:
+            if (name_said, recording.turn_index) in places:
+                raise ValueError(f"conversation {name_said} has a turn {recording.turn_index} already")
+            places.add((name_said, recording.turn_index))
             samples = NOTHING if recording.audio == b"" else resample(*load(recording), SAMPLE_RATE)
             if not text:
                 raise ValueError("no transcript")
         except (OSError, ValueError) as error:
             refused.append(f"{recording.name or recording.audio}: {error}")
+            if is_recall(name_said):  # who answered with what cannot be read has not forgotten it
+                torn.add(name_said)
             continue
         turns.append(Turn(recording.speaker, text, samples, recording.start, **times_of(recording)))
+    for name_said in sorted(torn):
+        del conversations[name_said]
+        refused.append(f"{name_said}: the whole conversation, as what is recalled in it cannot be judged")
     conversations = {key: turns for key, turns in conversations.items() if turns}
     if not any(len(turn.samples) for turns in conversations.values() for turn in turns):
         raise ValueError(f"nothing of {path} can be heard: {refused[0] if refused else 'all of its turns are empty'}")
@@ -133,10 +147,17 @@ def recordings_of(path: Path) -> list[Recording]:
                     place["name"] = file or f"{result.parent.name}, turn {index}"
                     place["facts"] = tuple((ours, turn.get(theirs)) for theirs, ours in TIMES.items())
                     audio = result.with_name(Path(file).name) if file else b""
+                    if not isinstance(turn["text"], str) or not all(is_seconds(value) for _, value in place["facts"]):
+                        raise TypeError(f"turn {index} has no text, or times that are no numbers")
                     recordings.append(Recording(audio=audio, text=turn["text"], speaker=str(turn["speaker"]), **place))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{result} is not what demo.py --mode batch writes: {error}") from error
     return recordings
+
+
+def is_seconds(value: object) -> bool:
+    """Whether it is a time, or none."""
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 def aligned(turns: Turns, real: Turns | None) -> bool:
@@ -254,8 +275,12 @@ def figures_of(measured: Table, seed: int) -> dict[str, dict[str, Figure]]:
                 excluded.update({LEFT_OUT + reason: turns for reason, turns in each.left_out.items()})
             table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
     unasked = {
-        metric for metric in (*OF_SENTENCES, *OF_TIMES) if all(f.value is None for f in table.get(metric, {}).values())
+        metric
+        for metric in OF_SENTENCES
+        if all(reason.startswith(NOT_ASKED) for f in table.get(metric, {}).values() for reason in f.excluded)
+        and all(f.value is None for f in table.get(metric, {}).values())
     }
+    unasked |= {metric for metric in OF_TIMES if all(f.value is None for f in table.get(metric, {}).values())}
     return {metric: systems for metric, systems in table.items() if metric not in unasked}
 
 
@@ -281,17 +306,24 @@ def differences(measured: Table, seed: int) -> list[Difference]:
 def paired(changes: np.ndarray, seed: int) -> tuple[float, float, float]:
     """(n,) differences -> 95 % bootstrap interval of their mean, and p of a mean as far from 0 with signs at random.
 
-    With up to 13 differences all signs are tried, above that `FLIPS` at random.
+    With up to `ALL_SIGNS` differences all signs are tried, above that `FLIPS` at random.
     """
     random = np.random.default_rng(seed)
     n = len(changes)
     means = changes[random.integers(n, size=(RESAMPLES, n))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    signs = np.array(list(itertools.product((-1, 1), repeat=n))) if n <= 13 else random.choice((-1, 1), (FLIPS, n))
+    signs = (
+        np.array(list(itertools.product((-1, 1), repeat=n))) if n <= ALL_SIGNS else random.choice((-1, 1), (FLIPS, n))
+    )
     flipped = np.abs((signs * changes).mean(axis=1))
     as_far = (flipped >= abs(changes.mean()) - 1e-12).sum()
-    p = as_far / len(signs) if n <= 13 else (as_far + 1) / (FLIPS + 1)
+    p = as_far / len(signs) if n <= ALL_SIGNS else (as_far + 1) / (FLIPS + 1)
     return float(low), float(high), float(p)
+
+
+def least_p(n: int) -> float:
+    """The smallest p that `paired` can find in n differences."""
+    return 2 / 2**n if n <= ALL_SIGNS else 1 / (FLIPS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -303,7 +335,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def warnings_of(systems: Sequence[System], found: Sequence[Difference]) -> list[str]:
+def warnings_of(
+    systems: Sequence[System], figures: dict[str, dict[str, Figure]], found: Sequence[Difference]
+) -> list[str]:
     """What a reader must know before quoting a figure."""
     reference = systems[0]
     lines = [f"{system.name}: left out {entry}." for system in systems for entry in system.refused]
@@ -315,13 +349,17 @@ def warnings_of(systems: Sequence[System], found: Sequence[Difference]) -> list[
         turns = [turn for turns in system.conversations.values() for turn in turns]
         if silent := sum(rms_dbfs(turn.samples) < SILENCE_DBFS for turn in turns):
             lines.append(f"{system.name}: {silent} of {len(turns)} turns are silent; figures of sound leave them out.")
-    fewest = min((each.conversations for each in found), default=0)
-    if len(systems) == 1:
-        fewest = len(reference.conversations)
+    counts = [figure.n for by_system in figures.values() for figure in by_system.values() if figure.value is not None]
+    fewest = min([len(reference.conversations), *counts, *(each.conversations for each in found)])
     if fewest < FEWEST_CONVERSATIONS:
         lines.append(
-            f"Some figures rest on {fewest} conversations; below {FEWEST_CONVERSATIONS} the intervals are too "
-            "narrow and no difference can be told from chance."
+            f"Some figures rest on {fewest} conversation(s) (n= beside them); below {FEWEST_CONVERSATIONS} the "
+            "intervals are too narrow and no difference can be told from chance."
+        )
+    if hopeless := sum(least_p(each.conversations) * len(found) >= SURE for each in found):
+        lines.append(
+            f"{hopeless} of {len(found)} differences rest on so few conversations that, corrected for so many "
+            "comparisons, none of them could be told from chance."
         )
     return lines
 
@@ -344,7 +382,7 @@ def counted(figure: Figure) -> str:
 
 def verdict(found: Difference) -> str:
     """ "better", "worse", "different" or "" where chance cannot be ruled out."""
-    if found.p_holm >= 0.05:
+    if found.p_holm >= SURE:
         return ""
     sense = GAIN.get(METRICS_OF_CONVERSATIONS[found.metric].better.split(",")[0])
     return "different" if sense is None else "better" if sense * found.value > 0 else "worse"
@@ -361,7 +399,8 @@ def rows_of(figures: dict, found: Sequence[Difference]) -> list[list[str]]:
             for each in found:
                 if (each.system, each.metric) == (system, metric):
                     said = f"; {verdict(each)}" if verdict(each) else ""
-                    cells[-1] += f"; {each.value:+.3f} [{each.low:+.3f}, {each.high:+.3f}], p={each.p_holm:.3f}{said}"
+                    cells[-1] += f"; {each.value:+.3f} [{each.low:+.3f}, {each.high:+.3f}], "
+                    cells[-1] += f"n={each.conversations}, p={each.p_holm:.3f}{said}"
         rows.append(cells)
     return rows
 
@@ -430,8 +469,9 @@ def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list
             plot_bars(rows, f"{about.title}, {about.unit}; better: {about.better}", out / made[-1])
     figure = matplotlib.figure.Figure(figsize=(11, 2.8))
     axes = figure.subplots(1, len(systems), sharey=True, squeeze=False)[0]
+    name, turns = next(iter(systems[0].conversations.items()))
     for axis, system in zip(axes, systems, strict=True):
-        samples = audible(next(iter(system.conversations.values()))[0])
+        samples = audible(counterpart(system, name, turns[0]))
         hiss = np.random.default_rng(0).normal(0, 1e-6, len(samples))  # below what is drawn; silence has no logarithm
         axis.specgram(samples + hiss, NFFT=1024, Fs=SAMPLE_RATE, noverlap=768, vmin=-140, vmax=-40, cmap="magma")
         axis.set(title=system.name, xlabel="s")
@@ -439,9 +479,15 @@ def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list
     return [*made, "plots/spectrograms.png"]
 
 
-def audible(turn: Turn) -> np.ndarray:
+def counterpart(system: System, name: str, wanted: Turn) -> Turn | None:
+    """What the system says of a turn of the reference; None where it lacks it."""
+    words = words_of(wanted.text)
+    return next((turn for turn in system.conversations.get(name, []) if words_of(turn.text) == words), None)
+
+
+def audible(turn: Turn | None) -> np.ndarray:
     """Its samples; half a second of silence where nothing was said, so that there is something to show and to play."""
-    return turn.samples if len(turn.samples) else np.zeros(SAMPLE_RATE // 2, np.float32)
+    return turn.samples if turn is not None and len(turn.samples) else np.zeros(SAMPLE_RATE // 2, np.float32)
 
 
 def players(out: Path, systems: Sequence[System]) -> str:
@@ -450,13 +496,14 @@ def players(out: Path, systems: Sequence[System]) -> str:
     folder.mkdir(exist_ok=True)
     rows = []
     for place, name in enumerate(list(systems[0].conversations)[:PLAYED]):
-        cells = [html.escape(f"{name}: {systems[0].conversations[name][-1].text}")]
+        wanted = systems[0].conversations[name][-1]
+        cells = [html.escape(f"{name}: {wanted.text}")]
         for number, system in enumerate(systems):
-            turns = system.conversations.get(name)
-            if turns is None:
+            turn = counterpart(system, name, wanted)
+            if turn is None:
                 cells.append("nothing said")
                 continue
-            write_wav(folder / f"{place}-{number}.wav", audible(turns[-1]))
+            write_wav(folder / f"{place}-{number}.wav", audible(turn))
             cells.append(f'<audio controls preload="none" src="audio/{place}-{number}.wav"></audio>')
         rows.append(cells)
     return table(["last turn of", *(system.name for system in systems)], rows)
@@ -532,25 +579,31 @@ def write_listening_page(out: Path, one: System, other: System, limit: int, seed
 def preferences(key: Path, answers: Sequence[Path], seed: int) -> dict[str, dict]:
     """What listeners preferred: by kind of question the mean score for the first system, -3 to 3, and its share.
 
-    Interval over items, as listeners of one item agree; above 0 the first system is preferred. ValueError: not such
-    files.
+    Interval over conversations, as listeners of one item agree, and its items share speakers; above 0 the first
+    system is preferred. ValueError: not such files, or one given twice.
     """
     try:
         content = json.loads(key.read_text(encoding="utf-8"))
         first, items = content["systems"][0], content["items"]
-        given = [json.loads(path.read_text(encoding="utf-8"))["answers"] for path in answers]
-        scores = [(item, float(score)) for one in given for item, score in one.items()]
+        given = [json.loads(path.read_text(encoding="utf-8")) for path in answers]
+        scores = [(item, float(score)) for one in given for item, score in one["answers"].items()]
+        listeners = [one.get("listener", number) for number, one in enumerate(given)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the answers or their key {key} cannot be read: {error}") from error
-    strange = [item for item, score in scores if item not in items or abs(score) > 3]
+    strange = [item for item, score in scores if item not in items or not abs(score) <= 3]
     if strange or not scores:
         raise ValueError(f"the answers are not about {key}: {strange[0] if strange else 'there are none'}")
+    if twice := [str(path) for path, one in zip(answers, listeners, strict=True) if listeners.count(one) > 1]:
+        raise ValueError(f"{' and '.join(twice)} are of one listener; give the file that was saved last")
     found = {}
     for context, title in ((False, "without context"), (True, "with context")):
         own = [(i, -s if items[i]["A"] == first else s) for i, s in scores if items[i]["context"] == context]
         if own:
-            mean = bootstrap([Item(item, score) for item, score in own], seed=seed)
-            share = bootstrap([Item(item, 0.5 + 0.5 * np.sign(score)) for item, score in own], seed=seed)
+            own = [(items[item]["conversation"], score) for item, score in own]
+            mean = bootstrap([Item(conversation, score) for conversation, score in own], seed=seed)
+            share = bootstrap(
+                [Item(conversation, 0.5 + 0.5 * np.sign(score)) for conversation, score in own], seed=seed
+            )
             found[title] = {"cmos": dataclasses.asdict(mean), "preferred": dataclasses.asdict(share)}
     return {"systems": content["systems"], "listeners": len(answers), **found}
 
@@ -559,5 +612,8 @@ def print_preferences(found: dict) -> None:
     first, second = found["systems"]
     for title in (title for title in found if title not in ("systems", "listeners")):
         score, share = (Figure(**found[title][name]) for name in ("cmos", "preferred"))
-        print(f"{title}: {first} against {second}: {shown(score)} of -3 to 3; preferred in {shown(share)}, n={score.n}")
+        print(f"{title}: {first} against {second}: {shown(score)} of -3 to 3; preferred in {shown(share)}")
+        print(f"  {score.n} answers about {score.conversations} conversation(s)")
+        if score.conversations < FEWEST_CONVERSATIONS:
+            print(f"warning: below {FEWEST_CONVERSATIONS} conversations the interval is too narrow to be trusted")
     print(f"{found['listeners']} listener(s); above 0 {first} is preferred; an interval that holds 0 decides nothing")

@@ -92,7 +92,7 @@ def test_whoever_was_asked_may_answer(names):
         assert recall(heard([told, asked, silent], name="recall-pet-2", recognizer=recognizer)) == 0.0
         assert recall(heard([told, answer, asked], name="recall-pet-2", recognizer=recognizer)) == 0.0
     assert recognizer.asked == 2
-    with pytest.raises(NotMeasurable, match="not asked after 5 exchanges"):
+    with pytest.raises(NotMeasurable, match="not asked: after 5 exchanges"):
         hc.MEASURES["content_recall_k5"](heard([told, asked, answer], name="recall-pet-2", recognizer=recognizer))
 
 

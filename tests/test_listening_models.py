@@ -22,7 +22,7 @@ from transformers import (
 import evaluation_framework
 from command_line import MissingRequirement
 from listening_models import IPA, JOINED, EmotionRecognizer, PhoneRecognizer, Squim
-from pronunciation import PhoneReader, homographs_right
+from pronunciation import PhoneReader, Said, homographs_right
 from speech_metrics import NotMeasurable
 
 
@@ -90,7 +90,7 @@ def test_what_a_phoneme_recogniser_writes_decides_between_two_pronunciations(pho
             logits[3 * place + 1, vocabulary[ipa]] = 6.0
             logits[3 * place, 0] = logits[3 * place + 2, 0] = 6.0  # blank
         assert reader.heard(speech(0), LEAD) == which
-        assert homographs_right(reader, [(LEAD, speech(0))]) == (which == 0)
+        assert homographs_right([Said("a", LEAD, reader.heard(speech(0), LEAD))]) == (which == 0)
     logits = torch.zeros(10, len(vocabulary))  # fewer frames than phones
     with pytest.raises(NotMeasurable, match="cannot be aligned"):
         reader.margin(speech(0), LEAD)
@@ -104,7 +104,22 @@ def test_likelihoods_of_all_readings_of_three_frames_are_one(phoneme_model):
     tokens[:, kept] = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).log_softmax(dim=-1)
     readings = [list(each) for n in (1, 2, 3) for each in itertools.product(("B", "D"), repeat=n)]
     silent = math.exp(float(tokens[:, listener._blank].sum()))
-    assert silent + sum(math.exp(-listener._loss(tokens, each)) for each in readings) == pytest.approx(1, abs=1e-5)
+    assert silent + sum(math.exp(-listener._loss_of(tokens, each)) for each in readings) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("written", ["m oʊ b ə l", "m oʊ b əl"])
+def test_a_pair_of_phones_may_be_written_as_one_or_as_two(phoneme_model, monkeypatch, written):
+    listener = PhoneRecognizer(str(phoneme_model))
+    vocabulary = json.loads((phoneme_model / "vocab.json").read_text())
+    logits = torch.zeros(3 * len(written.split()), len(vocabulary))
+    for place, ipa in enumerate(written.split()):
+        logits[3 * place + 1, vocabulary[ipa]] = logits[3 * place, 0] = logits[3 * place + 2, 0] = 8.0
+    monkeypatch.setattr(listener, "_model", lambda **_: SimpleNamespace(logits=logits[None]))
+    bull, bile, parted = listener.likelihoods(speech(0), [["M OW B AH L"], ["M OW B AY L"], ["M OW B AH", "L"]])
+    assert bull > bile + 3
+    assert (parted < bull - 3) == (
+        written == "m oʊ b əl"
+    )  # the last phone of a word and the first of the next stay two
 
 
 def test_a_phoneme_recogniser_that_cannot_be_had_or_writes_otherwise_is_named(phoneme_model, classifier, tmp_path):

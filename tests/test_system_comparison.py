@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from spoken_clips import SENTENCES, other_speaker, speech
 
@@ -67,7 +68,7 @@ def test_values_of_known_systems(compared):
     assert figures["backchannels"]["real"]["value"] == 0
     assert report["metrics"]["character_run"]["needs"] == ["resemblyzer"]
     assert figures["wer"]["real"]["value"] < 0.1
-    assert any("2 conversations" in line for line in report["warnings"])
+    assert any("2 conversation(s)" in line for line in report["warnings"])
     assert set(report["metrics"]) == set(figures) and report["metrics"]["wer"]["definition"]
     for name in ("comparison.md", "comparison.html"):
         text = (compared[0] / "out" / name).read_text()
@@ -88,6 +89,56 @@ def test_sentences_written_for_a_metric_bring_it_in(tmp_path):
     assert run(main, flags) == EXIT_DONE
     figures = json.loads((tmp_path / "out" / "comparison.json").read_text())["figures"]
     assert figures["homographs"]["voice"]["n"] == 3 and "pronunciation_kept" not in figures
+
+
+def test_sentences_that_were_asked_for_but_cannot_be_heard_stay_in_the_table():
+    lost = {"homographs": sc.Measured(None, "no homograph sentence can be aligned with the audio", {})}
+    other = {"homographs": sc.Measured(None, "not asked: no turn is one of the homograph sentences", {})}
+    assert sc.figures_of({"voice": {"a": lost, "b": other}}, seed=0)["homographs"]["voice"].value is None
+    assert not sc.figures_of({"voice": {"b": other}}, seed=0)
+
+
+def test_a_turn_said_twice_is_refused_by_name(tmp_path):
+    write_wav(tmp_path / "hello.wav", speech(0))
+    (tmp_path / "hello.txt").write_text("Hello.")
+    soundfile.write(tmp_path / "hello.flac", speech(1), SAMPLE_RATE)
+    (tmp_path / "other.wav").write_bytes((tmp_path / "hello.wav").read_bytes())
+    (tmp_path / "other.txt").write_text("Other.")
+    found = sc.read_system("one", tmp_path)
+    assert {name: len(turns) for name, turns in found.conversations.items()} == {"hello": 1, "other": 1}
+    assert len(found.refused) == 1 and "has a turn 0 already" in found.refused[0]
+
+
+def test_who_answered_with_a_broken_file_has_not_forgotten(tmp_path):
+    for name in ("recall-pet-0", "talk"):
+        rows = [{"speaker": 1, "text": text, "file": f"{text}.wav"} for text in ("One", "Two")]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / sc.RESULT).write_text(json.dumps({"turns": rows}))
+        write_wav(tmp_path / name / "One.wav", speech(0))
+        (tmp_path / name / "Two.wav").write_bytes(b"broken")
+    found = sc.read_system("one", tmp_path)
+    assert list(found.conversations) == ["talk"] and len(found.refused) == 3
+    for turn in ({"text": 5}, {"real_time_factor": "fast"}, {"text": None}):
+        torn = {"speaker": 1, "text": "One", "file": "One.wav", **turn}
+        (tmp_path / "talk" / sc.RESULT).write_text(json.dumps({"turns": [torn]}))
+        with pytest.raises(ValueError, match="not what demo"):
+            sc.read_system("one", tmp_path)
+
+
+def test_few_conversations_behind_any_figure_are_warned_of(tmp_path):
+    def measured(n: int) -> dict:
+        values = {f"{i}": {"rate": sc.Measured(1.0 + i, "", {}), "gap": sc.Measured(0.2, "", {})} for i in range(n)}
+        return {**values, "0": {**values["0"], "rate": sc.Measured(None, "the clip is silent", {})}}
+
+    def warned(systems: int, n: int) -> str:
+        table = {f"{i}": measured(n) for i in range(systems)}
+        figures, found = sc.figures_of(table, 0), sc.differences(table, 0)
+        said = {f"{i}": [Turn("a", "Hello.", speech(0), 0.0)] for i in range(n)}
+        one = sc.System("0", said, [])
+        return " ".join(sc.warnings_of([one], figures, found))
+
+    assert "rest on 9 conversation(s)" in warned(1, 10) and not warned(1, 11)
+    assert "none of them could be told from chance" in warned(40, 11) and "could be told" not in warned(2, 11)
 
 
 def test_a_second_run_measures_nothing_anew(compared, monkeypatch):
@@ -113,11 +164,18 @@ def test_listening_is_blind_and_its_answers_are_counted(compared, capsys):
         letters = ("A", "B", "before") if item["context"] else ("A", "B")
         assert all((folder / "out" / "listening" / f"{item['item']}-{letter}.wav").is_file() for letter in letters)
     likes_real = {item: -2 if order["A"] == "real" else 2 for item, order in key.items()}
-    (folder / "answers.json").write_text(json.dumps({"answers": likes_real}))
+    (folder / "answers.json").write_text(json.dumps({"answers": likes_real, "listener": "one"}))
     count = ["--out", str(folder / "out"), "--answers", str(folder / "answers.json"), "--json"]
     assert run(main, count) == EXIT_DONE
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["without context"]["cmos"]["value"] == 2 and found["without context"]["preferred"]["value"] == 1
+    assert found["without context"]["cmos"]["conversations"] == 2  # and not as many as there were answers
+    capsys.readouterr()
+    assert run(main, [*count[:-1], str(folder / "answers.json")]) == EXIT_INPUT
+    assert "of one listener" in capsys.readouterr().err
+    (folder / "nan.json").write_text(json.dumps({"answers": dict.fromkeys(key, float("nan"))}))
+    assert run(main, [*count[:-2], str(folder / "nan.json")]) == EXIT_INPUT
+    assert "not about" in capsys.readouterr().err
     (folder / "strange.json").write_text(json.dumps({"answers": {"nothing": 1}}))
     assert run(main, [*count[:-2], str(folder / "strange.json")]) == EXIT_INPUT
     (folder / "broken.json").write_text("{")
@@ -162,7 +220,7 @@ def test_what_a_batch_spoke_is_a_system(tmp_path):
     with pytest.raises(NotMeasurable, match="how long it took"):
         MEASURES["first_audio"](other)
     assert hash_of([turn]) != hash_of([untimed])
-    assert any("1 of 2 turns are silent" in line for line in sc.warnings_of([system], []))
+    assert any("1 of 2 turns are silent" in line for line in sc.warnings_of([system], {}, []))
     (folder / sc.RESULT).write_text("{")
     with pytest.raises(ValueError, match="not what demo"):
         sc.read_system("spoken", tmp_path / "batch")
@@ -252,9 +310,11 @@ def test_the_same_texts_are_found_without_the_normaliser(monkeypatch):
 
 
 def test_one_system_alone_is_warned_of_its_own_conversations():
-    assert any("rest on 1 conversations" in line for line in sc.warnings_of([system_of("a", talk=[speech(0)])], []))
+    assert any(
+        "rest on 1 conversation(s)" in line for line in sc.warnings_of([system_of("a", talk=[speech(0)])], {}, [])
+    )
     many = system_of("a", **{f"talk{i}": [speech(0)] for i in range(sc.FEWEST_CONVERSATIONS)})
-    assert sc.warnings_of([many], []) == []
+    assert sc.warnings_of([many], {}, []) == []
 
 
 @pytest.mark.parametrize(
