@@ -6,9 +6,10 @@ float32 (N,) at 24 kHz.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -73,22 +74,28 @@ def at_rate(samples: np.ndarray) -> torch.Tensor:
     return torch.nn.functional.pad(wave, (0, max(0, int(SHORTEST_SECONDS * RATE) - wave.size(1))))
 
 
+@contextlib.contextmanager
+def loading(flag: str, kind: str) -> Iterator[None]:
+    """MissingRequirement, in one line, where a model of transformers cannot be had."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingRequirement(f"{flag} needs transformers: pip install transformers") from error
+    except Exception as error:  # hub, network and file errors come in many types
+        raise MissingRequirement(
+            f"{flag}: no {kind} to be had there ({str(error).splitlines()[0]}); give the folder of a downloaded one"
+        ) from error
+
+
 class EmotionRecognizer:
     """Probabilities of emotions, by any audio classifier of transformers: hub name or folder."""
 
     def __init__(self, name: str):
-        try:
+        with loading(f"--ser {name}", "audio classifier"):
             from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
-        except ImportError as error:
-            raise MissingRequirement("--ser needs transformers: pip install transformers") from error
-        try:
+
             self._features = AutoFeatureExtractor.from_pretrained(name)
             self._model = AutoModelForAudioClassification.from_pretrained(name, use_safetensors=True).eval()
-        except Exception as error:  # hub, network and file errors come in many types
-            raise MissingRequirement(
-                f"--ser {name}: no audio classifier to be had there ({str(error).splitlines()[0]}); "
-                "give the folder of a downloaded one"
-            ) from error
 
     @torch.inference_mode()
     def probabilities(self, samples: np.ndarray) -> np.ndarray:
@@ -108,19 +115,12 @@ class PhoneRecognizer:
     """
 
     def __init__(self, name: str):
-        try:
+        with loading(f"--phones {name}", "phoneme recogniser"):
             from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
-        except ImportError as error:
-            raise MissingRequirement("--phones needs transformers: pip install transformers") from error
-        try:
+
             self._features = AutoFeatureExtractor.from_pretrained(name)
             self._model = AutoModelForCTC.from_pretrained(name, use_safetensors=True).eval()
             tokenizer = AutoTokenizer.from_pretrained(name, do_phonemize=False)
-        except Exception as error:  # hub, network and file errors come in many types
-            raise MissingRequirement(
-                f"--phones {name}: no phoneme recogniser to be had there ({str(error).splitlines()[0]}); "
-                "give the folder of a downloaded one"
-            ) from error
         written, self._blank = tokenizer.get_vocab(), tokenizer.pad_token_id
         self._tokens = {
             phone: [written[ipa] for ipa in spelt.split() if ipa in written]
