@@ -22,6 +22,7 @@ from speech_metrics import Metric, require_speech
 RATE = 16000  # Hz, of both
 SHORTEST_SECONDS = 0.5  # what is shorter is padded with silence: the networks need some frames
 
+Unit = str | tuple[str, str]  # a phone, or two that are written as one
 # ARPAbet -> how espeak writes it in American English, allophones of one phone together
 IPA = {
     "AA": "ɑː ɑ", "AE": "æ", "AH": "ʌ ə ɐ", "AO": "ɔː ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b", "CH": "tʃ", "D": "d",
@@ -31,7 +32,6 @@ IPA = {
     "ZH": "ʒ",
 }  # fmt: skip
 # What it may write as one
-Unit = str | tuple[str, str]
 JOINED = {
     ("AA", "R"): "ɑːɹ", ("AH", "L"): "əl", ("AO", "R"): "ɔːɹ oːɹ", ("AY", "ER"): "aɪɚ", ("EH", "R"): "ɛɹ",
     ("IH", "R"): "ɪɹ", ("UH", "R"): "ʊɹ",
