@@ -19,7 +19,7 @@ from audio import SAMPLE_RATE
 from command_line import MissingRequirement
 from speech_metrics import Metric, require_speech
 
-RATE = 16000  # Hz, of both
+RATE = 16000  # Hz, of all
 SHORTEST_SECONDS = 0.5  # what is shorter is padded with silence: the networks need some frames
 
 Unit = str | tuple[str, str]  # a phone, or two that are written as one

@@ -440,8 +440,8 @@ def write_comparison(
     ]
     body = tag("h1", "Comparison") + tag("p", html.escape(report["note"]), class_="note")
     body += tag("div", warn, class_="warn") if report["warnings"] else ""
-    cells = [[html.escape(cell) for cell in row] for row in rows]
-    body += tag("section", tag("h2", "Figures") + table(["metric", *names], cells, tuple(range(1, 1 + len(names)))))
+    cells = [[html.escape(cell).replace("; ", "<br>") for cell in row] for row in rows]  # so that all are seen at once
+    body += tag("section", tag("h2", "Figures") + table(["metric", *names], cells))
     body += tag("section", "".join(f'<img src="{path}" alt="{path}">' for path in pictures))
     body += tag("section", tag("h2", "Listen") + players(out, systems))
     body += tag(
