@@ -65,20 +65,19 @@ def conversations(between: Sequence[int]) -> dict[str, list[dict]]:
 
 def answers_to(name: str) -> list[str]:
     """Words of which one must be in the answer of the conversation `name`. NotMeasurable: it is none of these."""
-    if not is_recall(name):
+    if (answers := _answers(name)) is None:
         raise NotMeasurable(f"{NOT_ASKED}not a conversation that asks for what was told")
-    return _facts()[NAME.fullmatch(name)[1]]
+    return answers
 
 
 def is_recall(name: str) -> bool:
     """Whether it is the name of one of these conversations."""
+    return _answers(name) is not None
+
+
+def _answers(name: str) -> list[str] | None:
     found = NAME.fullmatch(name)
-    return found is not None and found[1] in _facts()
-
-
-def _facts() -> dict[str, list[str]]:
-    """Name -> words of which one answers."""
-    return {fact["name"]: fact["answers"] for fact in _content()["facts"]}
+    return {fact["name"]: fact["answers"] for fact in _content()["facts"]}.get(found[1]) if found else None
 
 
 def turns_between(name: str) -> int:

@@ -16,8 +16,6 @@ import os
 import random
 from pathlib import Path
 
-import torch
-
 from architecture import load_model
 from audio_tokenizer import fingerprint
 from checkpointing import write_atomically
@@ -59,7 +57,7 @@ from metric_validation import (
     plain_verdict,
     print_verdicts,
 )
-from ranks import pick_device
+from ranks import pick_device, use_threads
 from run_folder import describe_environment
 from rvq_tokenizer import load_tokenizer
 from speech_metrics import METRICS
@@ -332,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     args.device = str(pick_device(args.device))
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     with only_run_in(args.out):
         if args.gates:
             gates = measure_gates(args, settings)

@@ -42,6 +42,7 @@ from pronunciation import (
     homographs_right,
     is_asked,
     pronunciation_kept,
+    sentences,
 )
 from speech_filters import DNSMOS_SAMPLES, dnsmos
 from speech_filters import RATE as DNSMOS_RATE
@@ -137,23 +138,20 @@ class Ears:
     @classmethod
     def to_be_had(cls, asr: str, ser: str, squim: bool, phones: str = "") -> tuple[Ears, dict[str, str]]:
         """With the optional models that can be loaded here, and why the metrics of the others are missing."""
-        missing = {}
-        if ser:
-            try:
-                EmotionRecognizer(ser)
-            except MissingRequirement as reason:
-                ser, missing = "", {"emotion_agreement": str(reason)}
-        if squim:
-            try:
-                Squim()
-            except MissingRequirement as reason:
-                squim, missing = False, missing | dict.fromkeys(("squim_pesq", "squim_stoi"), str(reason))
-        if phones:
-            try:
-                PhoneRecognizer(phones)
-            except MissingRequirement as reason:
-                phones, missing = "", missing | dict.fromkeys(PRONUNCIATION_METRICS, str(reason))
-        return cls(asr, ser, squim, phones), missing
+        ears, missing = cls(asr, ser, squim, phones), {}
+        optional = {
+            "ser": (lambda: EmotionRecognizer(ser), ("emotion_agreement",)),
+            "squim": (Squim, ("squim_pesq", "squim_stoi")),
+            "phones": (lambda: PhoneRecognizer(phones), PRONUNCIATION_METRICS),
+        }
+        for flag, (load, metrics) in optional.items():
+            if getattr(ears, flag):
+                try:
+                    load()
+                except MissingRequirement as reason:
+                    ears = replace(ears, **{flag: getattr(cls, flag)})  # as if nobody had asked
+                    missing |= dict.fromkeys(metrics, str(reason))
+        return ears, missing
 
     @functools.cached_property
     def recognizer(self) -> Recognizer:
@@ -361,7 +359,7 @@ class Heard:
         """The turns that are sentences about a pronunciation, and which of the two is heard."""
         asked = [turn for turn in self.turns if is_asked(turn.text)]
         found = self.each(self.ears.pronounced, asked) if asked else []
-        return [Said(turn.speaker, turn.text, heard) for turn, heard in zip(asked, found, strict=True)]
+        return [Said(turn.speaker, sentences()[turn.text], heard) for turn, heard in zip(asked, found, strict=True)]
 
     def confusion(self) -> float:
         return _mean(cm.confused(*self.embeddings()).tolist())

@@ -148,10 +148,10 @@ def listen(
         try:
             errors = {system: count_errors(row["text"], heard) for system, heard in row["transcripts"].items()}
         except NotMeasurable as reason:
-            for metric, system in itertools.product(("wer", "wer_insertions", "wer_deletions", "cer"), systems):
-                tally.excluded[metric, system][str(reason)] += 1
-            for system in systems.keys() - {ORIGINAL} if ORIGINAL in systems else ():
-                tally.excluded["wer_change", system][str(reason)] += 1
+            for system in systems:
+                tally.exclude_errors(system, str(reason))
+                if system != ORIGINAL and ORIGINAL in systems:
+                    tally.excluded["wer_change", system][str(reason)] += 1
             continue
         row["wer"] = {system: counts.wrong / counts.words for system, counts in errors.items()}
         for system, counts in errors.items():

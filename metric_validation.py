@@ -496,11 +496,9 @@ def why_not(expected: int, values: dict[str, float], order: float) -> str:
         return "the interval of the change holds 0, or it goes the wrong way"
     if expected * values["effect"] < LEAST_EFFECT:
         return f"effect below {LEAST_EFFECT}"
-    return (
-        ""
-        if expected * order >= LEAST_ORDER - ROUNDING
-        else f"does not follow the severity (order below {LEAST_ORDER})"
-    )
+    if expected * order < LEAST_ORDER - ROUNDING:
+        return f"does not follow the severity (order below {LEAST_ORDER})"
+    return ""
 
 
 def why_not_blind(change: float, clean: np.ndarray, drift: float) -> str:

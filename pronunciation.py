@@ -30,8 +30,6 @@ from speech_metrics import EVALUATION_PACKAGES, NOT_ASKED, Metric, NotMeasurable
 
 SENTENCES = Path(__file__).parent / "corpus" / "pronunciation.json"
 RELIABLE = 0.8  # share of known audio heard right, below which a word is not asked for
-NO_HOMOGRAPH = NOT_ASKED + "no turn is one of the homograph sentences"
-NO_WORD_TWICE = NOT_ASKED + "no speaker says a word of two pronunciations in two turns"
 LEAD_SECONDS = 0.1  # of silence around a turn: the first and the last word need some
 
 PRONUNCIATION_METRICS = {
@@ -119,6 +117,12 @@ def _read() -> tuple[dict[str, Word], dict[str, Asked], dict[str, tuple[str, ...
     return found, asked, spoken
 
 
+def with_either(tokens: Sequence[str], word: str, either: Sequence[str]) -> tuple[int, list[list[str]]]:
+    """The place of a word in a sentence, and the sentence with one or the other of two things there."""
+    place = tokens.index(word)
+    return place, [[*tokens[:place], one, *tokens[place + 1 :]] for one in either]
+
+
 class PronunciationReader:
     """Forced choice between the two pronunciations of a word; about 0.1 s per second of speech."""
 
@@ -138,7 +142,11 @@ class PronunciationReader:
 
     def heard(self, samples: np.ndarray, text: str) -> int:
         """(N,) at 24 kHz of a sentence of the list -> 0 or 1, which pronunciation. NotMeasurable: see `margin`."""
-        return int(self.margin(samples, text) <= sentences()[text].word.threshold)
+        return int(self.margin(samples, text) <= self.threshold(sentences()[text].word))
+
+    def threshold(self, word: Word) -> float:
+        """The margin above which the first pronunciation is heard."""
+        return word.threshold
 
     def margin(self, samples: np.ndarray, text: str) -> float:
         """Score of the first pronunciation less that of the second; a rank, without a unit.
@@ -148,12 +156,8 @@ class PronunciationReader:
         word = sentences()[text].word
         audio = np.pad(resample(require_speech(samples), SAMPLE_RATE, RATE), int(LEAD_SECONDS * RATE))
         pcm = (audio.clip(-1, 1) * 32767).astype("<i2").tobytes()
-        spoken = tokens_of(text)
-        place = spoken.index(word.word)
-        one, two = (
-            self._score(pcm, [*spoken[:place], f"{word.word}_{name}", *spoken[place + 1 :]], place)
-            for name in word.names
-        )
+        place, readings = with_either(tokens_of(text), word.word, [f"{word.word}_{name}" for name in word.names])
+        one, two = (self._score(pcm, reading, place) for reading in readings)
         if one is two is None:
             raise NotMeasurable("the sentence cannot be aligned with the audio")
         return one - two if None not in (one, two) else math.inf if two is None else -math.inf
@@ -176,16 +180,18 @@ class PhoneReader(PronunciationReader):
         super().__init__()
         self._likelihoods = likelihoods
 
-    def heard(self, samples: np.ndarray, text: str) -> int:
-        return int(self.margin(samples, text) <= 0)
+    def threshold(self, word: Word) -> float:
+        return 0.0
 
     def margin(self, samples: np.ndarray, text: str) -> float:
         """Nats by which the first pronunciation is likelier. NotMeasurable: silent, or shorter than its phones."""
-        word, spoken = sentences()[text].word, tokens_of(text)
-        place = spoken.index(word.word)
-        phones = [self.decoder.lookup_word(token) for token in spoken]
-        readings = [[*phones[:place], said, *phones[place + 1 :]] for said in word.phones]
-        one, two = self._likelihoods(samples, readings)
+        word = sentences()[text].word
+        place, readings = with_either(tokens_of(text), word.word, word.phones)
+        phones = [
+            [token if i == place else self.decoder.lookup_word(token) for i, token in enumerate(reading)]
+            for reading in readings
+        ]
+        one, two = self._likelihoods(samples, phones)
         if max(one, two) == -math.inf:
             raise NotMeasurable("the sentence cannot be aligned with the audio")
         return one - two
@@ -195,7 +201,7 @@ class Said(NamedTuple):
     """A turn whose text is one of the sentences."""
 
     speaker: str
-    text: str
+    asked: Asked
     heard: int | None  # which pronunciation; None: it could not be aligned
 
 
@@ -209,12 +215,13 @@ def homographs_right(said: Sequence[Said]) -> float:
 
     NotMeasurable: none is about a homograph, or none can be aligned.
     """
-    meant = [(sentences()[each.text].meant, each.heard) for each in said if sentences()[each.text].meant is not None]
-    if not meant:
-        raise NotMeasurable(NO_HOMOGRAPH)
-    if not (heard := [wanted == found for wanted, found in meant if found is not None]):
+    said = [each for each in said if each.asked.meant is not None]
+    if not said:
+        raise NotMeasurable(f"{NOT_ASKED}no turn is one of the homograph sentences")
+    right = [each.heard == each.asked.meant for each in said if each.heard is not None]
+    if not right:
         raise NotMeasurable("no homograph sentence can be aligned with the audio")
-    return float(np.mean(heard))
+    return float(np.mean(right))
 
 
 def pronunciation_kept(said: Sequence[Said]) -> float:
@@ -222,13 +229,11 @@ def pronunciation_kept(said: Sequence[Said]) -> float:
 
     NotMeasurable: no speaker says one of the words in two turns, or they cannot be aligned.
     """
-    words_said = [(each, (each.speaker, sentences()[each.text].word.word)) for each in said]
-    words_said = [(each, word) for each, word in words_said if sentences()[each.text].meant is None]
-    if len({word for _, word in words_said}) == len(words_said):
-        raise NotMeasurable(NO_WORD_TWICE)
+    said_words = [((each.speaker, each.asked.word.word), each.heard) for each in said if each.asked.meant is None]
+    if len({word for word, _ in said_words}) == len(said_words):
+        raise NotMeasurable(f"{NOT_ASKED}no speaker says a word of two pronunciations in two turns")
     first: dict[tuple[str, str], int] = {}
-    heard = [(word, each.heard) for each, word in words_said if each.heard is not None]
-    kept = [found == first.setdefault(word, found) for word, found in heard]
+    kept = [heard == first.setdefault(word, heard) for word, heard in said_words if heard is not None]
     if len(kept) == len(first):
         raise NotMeasurable("no two turns with one word can be aligned with the audio")
     return float((sum(kept) - len(first)) / (len(kept) - len(first)))

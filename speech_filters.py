@@ -22,14 +22,13 @@ import numpy as np
 
 from audio import at_level, read_audio, resample
 from command_line import MissingRequirement
-from speech_metrics import Recognizer
+from speech_metrics import HEARD_DBFS, Recognizer
 from speech_sources import UnitResult, sort_results
 from turn_shards import Reject, TurnRecord, make_turn
 
 RATE = 16_000  # Hz, of both models
 MARGIN_S = 0.1  # left around the speech
 DNSMOS_SAMPLES = 144_160  # 9.01 s, what DNSMOS hears at once
-DNSMOS_DBFS = -25.0  # level at which it hears all clips: about that of a sentence of -23 LUFS
 MEASURED = {"audio", "sample_rate", "num_samples", "duration_s", "pcm_sha256", "lufs", "peak_dbfs", "clip_frac"}
 MEASURED |= {"text", "text_form", "chars_per_s", "retrieved_at", "schema_version"}  # what `make_turn` sets itself
 
@@ -111,7 +110,7 @@ def dnsmos(samples: np.ndarray) -> float:
     """
     from speechmos import dnsmos as model
 
-    heard = at_level(samples[:DNSMOS_SAMPLES], DNSMOS_DBFS)
+    heard = at_level(samples[:DNSMOS_SAMPLES], HEARD_DBFS)
     heard = np.resize(heard / max(1.0, np.abs(heard).max(initial=0.0)), DNSMOS_SAMPLES)
     return float(model.run(heard, RATE)["ovrl_mos"])
 

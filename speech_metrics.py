@@ -31,14 +31,12 @@ ASR_RATE = 16_000  # Hz, of the recogniser, of PESQ wide band and of the speaker
 LOOPED = 2.4  # times smaller than it was when packed: text that repeats itself
 SILENCE_DBFS = -60.0  # a clip below this level holds nothing to measure
 LONGEST_WINDOW = max(size for size, _ in SCALES)  # samples, of the log-mel distance
-ASR_DBFS = -25.0  # level at which the recogniser hears all clips: about that of a sentence of -23 LUFS
+HEARD_DBFS = -25.0  # level at which recogniser and DNSMOS hear all clips: about that of a sentence of -23 LUFS
 ENCODER_DBFS = -30.0  # level at which the speaker encoder hears all clips
 SHORTEST_SPEAKER_S = 1.6  # s of speech after trimming; one window of the encoder
 LONGEST_JUDGED_S = 30  # s that Distill-MOS hears: its memory grows with them
 FEWEST_CONVERSATIONS = 10  # below this a percentile bootstrap over conversations is too narrow to be trusted
 RESAMPLES = 2000  # of the bootstrap
-
-
 NOT_ASKED = "not asked: "  # begins the reason where a metric is for sentences that nobody was given
 
 
@@ -464,7 +462,7 @@ class Recognizer:
         """
         if rms_dbfs(samples) < SILENCE_DBFS:
             return ""
-        audio = resample(at_level(samples, ASR_DBFS), SAMPLE_RATE, ASR_RATE)
+        audio = resample(at_level(samples, HEARD_DBFS), SAMPLE_RATE, ASR_RATE)
         segments = self._segments(audio)
         if any(segment.compression_ratio > LOOPED for segment in segments):
             segments = self._segments(audio, no_repeat_ngram_size=3)
@@ -525,6 +523,11 @@ class Tally:
         for metric, amount in amounts.items():
             self.items[metric, system].append(Item(conversation, amount, errors.words))
         self.items["cer", system].append(Item(conversation, errors.character_errors, errors.characters))
+
+    def exclude_errors(self, system: str, reason: str) -> None:
+        """One clip lacks all the rates of `add_errors`."""
+        for metric in ("wer", "wer_insertions", "wer_deletions", "cer"):
+            self.excluded[metric, system][reason] += 1
 
     def figures(self, seed: int) -> dict[str, dict[str, Figure]]:
         """metric -> system -> figure."""

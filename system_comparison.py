@@ -274,14 +274,15 @@ def figures_of(measured: Table, seed: int) -> dict[str, dict[str, Figure]]:
             for each in values.values():
                 excluded.update({LEFT_OUT + reason: turns for reason, turns in each.left_out.items()})
             table.setdefault(metric, {})[system] = bootstrap(items, excluded, seed)
-    unasked = {
-        metric
-        for metric in OF_SENTENCES
-        if all(reason.startswith(NOT_ASKED) for f in table.get(metric, {}).values() for reason in f.excluded)
-        and all(f.value is None for f in table.get(metric, {}).values())
-    }
-    unasked |= {metric for metric in OF_TIMES if all(f.value is None for f in table.get(metric, {}).values())}
-    return {metric: systems for metric, systems in table.items() if metric not in unasked}
+    return {metric: systems for metric, systems in table.items() if not is_unasked(metric, systems)}
+
+
+def is_unasked(metric: str, by_system: dict[str, Figure]) -> bool:
+    """Whether nobody said sentences for it, or wrote its times down."""
+    if any(figure.value is not None for figure in by_system.values()):
+        return False
+    reasons = [reason for figure in by_system.values() for reason in figure.excluded]
+    return metric in OF_TIMES or (metric in OF_SENTENCES and all(each.startswith(NOT_ASKED) for each in reasons))
 
 
 def differences(measured: Table, seed: int) -> list[Difference]:
@@ -312,12 +313,11 @@ def paired(changes: np.ndarray, seed: int) -> tuple[float, float, float]:
     n = len(changes)
     means = changes[random.integers(n, size=(RESAMPLES, n))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    signs = (
-        np.array(list(itertools.product((-1, 1), repeat=n))) if n <= ALL_SIGNS else random.choice((-1, 1), (FLIPS, n))
-    )
+    exact = n <= ALL_SIGNS
+    signs = np.array(list(itertools.product((-1, 1), repeat=n))) if exact else random.choice((-1, 1), (FLIPS, n))
     flipped = np.abs((signs * changes).mean(axis=1))
     as_far = (flipped >= abs(changes.mean()) - 1e-12).sum()
-    p = as_far / len(signs) if n <= ALL_SIGNS else (as_far + 1) / (FLIPS + 1)
+    p = as_far / len(signs) if exact else (as_far + 1) / (FLIPS + 1)
     return float(low), float(high), float(p)
 
 
@@ -585,9 +585,9 @@ def preferences(key: Path, answers: Sequence[Path], seed: int) -> dict[str, dict
     try:
         content = json.loads(key.read_text(encoding="utf-8"))
         first, items = content["systems"][0], content["items"]
-        given = [json.loads(path.read_text(encoding="utf-8")) for path in answers]
-        scores = [(item, float(score)) for one in given for item, score in one["answers"].items()]
-        listeners = [one.get("listener", number) for number, one in enumerate(given)]
+        saved = [json.loads(path.read_text(encoding="utf-8")) for path in answers]
+        scores = [(item, float(score)) for one in saved for item, score in one["answers"].items()]
+        listeners = [one.get("listener", number) for number, one in enumerate(saved)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the answers or their key {key} cannot be read: {error}") from error
     strange = [item for item, score in scores if item not in items or not abs(score) <= 3]
@@ -597,13 +597,11 @@ def preferences(key: Path, answers: Sequence[Path], seed: int) -> dict[str, dict
         raise ValueError(f"{' and '.join(twice)} are of one listener; give the file that was saved last")
     found = {}
     for context, title in ((False, "without context"), (True, "with context")):
-        own = [(i, -s if items[i]["A"] == first else s) for i, s in scores if items[i]["context"] == context]
+        given = [(items[item], score) for item, score in scores if items[item]["context"] == context]
+        own = [Item(of["conversation"], -score if of["A"] == first else score) for of, score in given]
         if own:
-            own = [(items[item]["conversation"], score) for item, score in own]
-            mean = bootstrap([Item(conversation, score) for conversation, score in own], seed=seed)
-            share = bootstrap(
-                [Item(conversation, 0.5 + 0.5 * np.sign(score)) for conversation, score in own], seed=seed
-            )
+            mean = bootstrap(own, seed=seed)
+            share = bootstrap([Item(name, 0.5 + 0.5 * np.sign(score)) for name, score, _ in own], seed=seed)
             found[title] = {"cmos": dataclasses.asdict(mean), "preferred": dataclasses.asdict(share)}
     return {"systems": content["systems"], "listeners": len(answers), **found}
 

@@ -22,7 +22,7 @@ from transformers import (
 import evaluation_framework
 from command_line import MissingRequirement
 from listening_models import IPA, JOINED, EmotionRecognizer, PhoneRecognizer, Squim
-from pronunciation import PhoneReader, Said, homographs_right
+from pronunciation import PhoneReader, Said, homographs_right, sentences
 from speech_metrics import NotMeasurable
 
 
@@ -90,7 +90,7 @@ def test_what_a_phoneme_recogniser_writes_decides_between_two_pronunciations(pho
             logits[3 * place + 1, vocabulary[ipa]] = 6.0
             logits[3 * place, 0] = logits[3 * place + 2, 0] = 6.0  # blank
         assert reader.heard(speech(0), LEAD) == which
-        assert homographs_right([Said("a", LEAD, reader.heard(speech(0), LEAD))]) == (which == 0)
+        assert homographs_right([Said("a", sentences()[LEAD], reader.heard(speech(0), LEAD))]) == (which == 0)
     logits = torch.zeros(10, len(vocabulary))  # fewer frames than phones
     with pytest.raises(NotMeasurable, match="cannot be aligned"):
         reader.margin(speech(0), LEAD)
@@ -117,9 +117,8 @@ def test_a_pair_of_phones_may_be_written_as_one_or_as_two(phoneme_model, monkeyp
     monkeypatch.setattr(listener, "_model", lambda **_: SimpleNamespace(logits=logits[None]))
     bull, bile, parted = listener.likelihoods(speech(0), [["M OW B AH L"], ["M OW B AY L"], ["M OW B AH", "L"]])
     assert bull > bile + 3
-    assert (parted < bull - 3) == (
-        written == "m oʊ b əl"
-    )  # the last phone of a word and the first of the next stay two
+    # the last phone of a word and the first of the next stay two
+    assert (parted < bull - 3) == (written == "m oʊ b əl")
 
 
 def test_a_phoneme_recogniser_that_cannot_be_had_or_writes_otherwise_is_named(phoneme_model, classifier, tmp_path):

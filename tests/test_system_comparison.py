@@ -125,7 +125,7 @@ def test_who_answered_with_a_broken_file_has_not_forgotten(tmp_path):
             sc.read_system("one", tmp_path)
 
 
-def test_few_conversations_behind_any_figure_are_warned_of(tmp_path):
+def test_few_conversations_behind_any_figure_are_warned_of():
     def measured(n: int) -> dict:
         values = {f"{i}": {"rate": sc.Measured(1.0 + i, "", {}), "gap": sc.Measured(0.2, "", {})} for i in range(n)}
         return {**values, "0": {**values["0"], "rate": sc.Measured(None, "the clip is silent", {})}}
