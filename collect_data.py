@@ -1,11 +1,12 @@
 """Collect spoken conversations into checked shards: python collect_data.py --sources synthetic --target_hours 0.5
 
 Sources: `synthetic` speaks the dialogues of `corpus/`, `numbers` its sentences of numbers, times and prices,
-`sentences` the examples of WordNet (Debian package wordnet-base), or the lines of a text file (--local
-sentences=FILE.txt), with the same voices; `librispeech` and `libritts_r` are streamed from the Hugging Face hub, or
-read from an unpacked archive (--local librispeech=DIR); `common_voice` comes from Mozilla Data Collective or an
-unpacked release; `ami` holds meetings, `dailytalk` acted dialogues; `fillets` and `asterisk` are recorded speech in
-Debian packages; `local` takes your own recordings (--input, see below).
+`questions` its questions about these with their answers, `sentences` the examples of WordNet (Debian package
+wordnet-base), or the lines of a text file (--local sentences=FILE.txt), with the same voices; `librispeech` and
+`libritts_r` are streamed from the Hugging Face hub, or read from an unpacked archive (--local librispeech=DIR);
+`common_voice` comes from Mozilla Data Collective or an unpacked release; `ami` holds meetings, `dailytalk` acted
+dialogues; `fillets` and `asterisk` are recorded speech in Debian packages; `local` takes your own recordings (--input,
+see below).
 Running it again goes on where it stopped. Format: `turn_shards.py`.
 """
 
@@ -53,7 +54,16 @@ from debian_speech import asterisk_source, fillets_source
 from dialogue_corpora import ami_source, dailytalk_source
 from public_speech import common_voice_source, libri_source
 from speech_filters import Cleaning, cleaned
-from speech_sources import Source, Unit, UnitResult, local_source, numbers_source, sentences_source, synthetic_source
+from speech_sources import (
+    Source,
+    Unit,
+    UnitResult,
+    local_source,
+    numbers_source,
+    questions_source,
+    sentences_source,
+    synthetic_source,
+)
 from synthetic_voices import SPEAKERS
 from turn_shards import (
     Collection,
@@ -75,6 +85,7 @@ FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its fir
 SOURCES = {
     "synthetic": lambda args, done: synthetic_source(args.voices, args.seed, done),
     "numbers": lambda args, done: numbers_source(args.voices, args.seed, done),
+    "questions": lambda args, done: questions_source(args.voices, args.seed, done),
     "sentences": lambda args, done: sentences_source(
         args.local.get("sentences", Path("/")), args.voices, args.seed, done
     ),
@@ -444,7 +455,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
     local_help = "read a source from a place: an unpacked archive, or where Debian packages are unpacked (default: /)"
     add("--local", nargs="+", type=place, default=[], metavar="SOURCE=DIR", help=local_help)
-    voices_help = f"who speaks in synthetic, numbers and sentences (default: all of {', '.join(SPEAKERS)})"
+    voices_help = f"who speaks in synthetic, numbers, questions and sentences (default: all of {', '.join(SPEAKERS)})"
     add("--voices", nargs="+", choices=list(SPEAKERS), default=list(SPEAKERS), metavar="NAME", help=voices_help)
     add("--common_voice_release", metavar="ID", help="of Mozilla Data Collective; needs MDC_API_KEY")
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="the collection (default: data)")

@@ -77,7 +77,7 @@ from system_comparison import (
 )
 from turn_shards import data_digest
 
-FORMAT = 5  # of the report and its parts; a part of another format is measured anew
+FORMAT = 6  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
 MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are

@@ -31,8 +31,9 @@ from conversation_formats import Recording, messages_of, recordings_of_csm, reco
 from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
-NUMBERS = DIALOGUES.with_name("numbers.txt")
+NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
 N_NUMBERS = 20_000  # sentences, 14 hours
+N_QUESTIONS = 10_000  # and as many answers, 9 hours
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
@@ -295,43 +296,85 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
         )
     if not sentences:
         raise ValueError(f"{given} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words in plain English letters")
-    units = read_in_groups("sentences", sentences, facts, voices, seed, done)
+    units = read_in_groups("sentences", _alone(sentences), facts, voices, seed, done)
     return Source("sentences", "1", units, endless=not given.is_file())
 
 
 def numbers_source(voices: list[str], seed: int, done: set[str]) -> Source:
     """Numbers, times, dates, prices and telephone numbers in sentences of few other words, a closed vocabulary."""
-    units = read_in_groups("numbers", number_sentences(), CORPUS_FACTS, voices, seed, done)
+    units = read_in_groups("numbers", _alone(number_sentences()), CORPUS_FACTS, voices, seed, done)
     return Source("numbers", "1", units, endless=True)
 
 
 def number_sentences() -> list[str]:
     """`N_NUMBERS` sentences, each once, always the same: the patterns in turn, with slot values drawn anew."""
-    patterns = [line for line in read_utf8(NUMBERS).splitlines() if line and not line.startswith("#")]
-    values, said, pattern = random.Random(0), {}, itertools.cycle(patterns)
-    while len(said) < N_NUMBERS:
-        line = synthetic_voices.Line("A", "neutral", next(pattern))
-        said[synthetic_voices.fill_slots(synthetic_voices.Dialogue("", "", [line]), values)[0]] = None
+    said: dict[str, None] = {}
+    for (text,) in _filled(NUMBERS):
+        said[text] = None
+        if len(said) == N_NUMBERS:
+            break
     return list(said)
 
 
+def questions_source(voices: list[str], seed: int, done: set[str]) -> Source:
+    """Questions and answers of the words of `numbers_source`: the first of `voices` answers, the others ask.
+
+    ValueError: fewer than two voices.
+    """
+    if len(voices) < 2:
+        raise ValueError("the source questions needs two --voices: the first answers, the others ask")
+    exchanges = [
+        [_line(question, voices[1 + number % (len(voices) - 1)]), _line(answer, voices[0])]
+        for number, (question, answer) in enumerate(question_answers())
+    ]
+    units = read_in_groups("questions", exchanges, CORPUS_FACTS, voices, seed, done)
+    return Source("questions", "1", units, endless=True)
+
+
+def question_answers() -> list[list[str]]:
+    """`N_QUESTIONS` questions with their answers, always the same, all patterns equally often: short answers recur."""
+    return list(itertools.islice(_filled(QUESTIONS), N_QUESTIONS))
+
+
+def _filled(path: Path) -> Iterator[list[str]]:
+    """The parts of the file's patterns, those in turn and without end, with slot values drawn anew."""
+    patterns = [line for line in read_utf8(path).splitlines() if line and not line.startswith("#")]
+    values = random.Random(0)
+    for pattern in itertools.cycle(patterns):
+        lines = [_line(part, "A") for part in pattern.split(" | ")]
+        yield synthetic_voices.fill_slots(synthetic_voices.Dialogue("", "", lines), values)
+
+
+def _line(text: str, role: str) -> synthetic_voices.Line:
+    return synthetic_voices.Line(role, "neutral", text)
+
+
+def _alone(sentences: list[str]) -> list[list[synthetic_voices.Line]]:
+    return [[_line(text, "A")] for text in sentences]
+
+
 def read_in_groups(
-    source: str, sentences: list[str], facts: dict, voices: list[str], seed: int, done: set[str]
+    source: str,
+    pieces: list[list[synthetic_voices.Line]],
+    facts: dict,
+    voices: list[str],
+    seed: int,
+    done: set[str],
 ) -> Iterator[Unit]:
-    """Sentences, eight at a time read by one of `voices`, in an order drawn from `seed`; each is read once.
+    """Lines that belong together, eight lines at a time spoken by `voices`, in an order drawn from `seed`, each once.
 
     Which eight does not depend on the seed, so that none is in two splits.
     """
     synthetic_voices.check_voice()
-    random.Random(0).shuffle(sentences)
-    groups = [sentences[start : start + READ_TOGETHER] for start in range(0, len(sentences), READ_TOGETHER)]
+    random.Random(0).shuffle(pieces)
+    lines = [line for piece in pieces for line in piece]
+    groups = [lines[start : start + READ_TOGETHER] for start in range(0, len(lines), READ_TOGETHER)]
     random.Random(synthetic_voices.seed_of(seed, source)).shuffle(groups)
 
     def units() -> Iterator[Unit]:
         for group in groups:
-            name = hashlib.sha256("\n".join(group).encode()).hexdigest()[:12]
-            lines = [synthetic_voices.Line("A", "neutral", text) for text in group]
-            unit = dialogue_unit(source, synthetic_voices.Dialogue(name, source, lines), seed, 0, voices, facts)
+            name = hashlib.sha256("\n".join(line.text for line in group).encode()).hexdigest()[:12]
+            unit = dialogue_unit(source, synthetic_voices.Dialogue(name, source, group), seed, 0, voices, facts)
             if unit.id not in done:
                 yield unit
 

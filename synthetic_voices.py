@@ -88,7 +88,7 @@ STYLES = {
 
 
 class Line(NamedTuple):
-    role: str  # "A" or "B"
+    role: str  # "A" or "B", or the name of a speaker
     style: str
     text: str  # may hold slots such as {name}
 
@@ -410,8 +410,8 @@ def speak_dialogue(dialogue: Dialogue, seed: int, variant: int, voices: list[str
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     generator = random.Random(seed_of(seed, dialogue.name, variant))
     texts = fill_slots(dialogue, generator)
-    names = sorted({line.role for line in dialogue.lines})
-    roles = dict(zip(names, generator.sample(voices, len(names)), strict=True))
+    names = sorted({line.role for line in dialogue.lines if line.role not in SPEAKERS})
+    roles = {name: name for name in SPEAKERS} | dict(zip(names, generator.sample(voices, len(names)), strict=True))
     voice = load_voice(seed_of(seed, dialogue.name, variant, "noise"))
     turns = []
     start = 0.0

@@ -130,8 +130,39 @@ def test_error_counts_split_what_was_dropped_added_and_changed():
 
 def test_spelling_case_numbers_and_fillers_are_no_errors():
     errors = count_errors("The colour is, um, twenty-one...", "the color is 21")
-    assert errors.words == 4
+    assert errors.words == 5  # the color is 2 1
     assert errors.substitutions + errors.insertions + errors.deletions + errors.character_errors == 0
+
+
+@pytest.mark.parametrize(
+    ("spoken", "written"),
+    [
+        ("We meet at ten fifty-five.", ["We meet at 10.55.", "We meet at 10:55", "we meet at 1055"]),
+        ("It costs twenty-six dollars ninety-five.", ["It costs $26.95.", "It costs $26 95"]),
+        ("Please call four five eight, zero five eight zero.", ["Please call 458-0580.", "please call 4580580"]),
+        ("Forty-two, twenty-three, fifty-four.", ["42, 23, 54", "42 23, 54."]),
+        ("One ticket is ten dollars fifty, two are twenty dollars.", ["1 ticket is $10.50, two are $20."]),
+        ("One ticket is one oh five, or one point five.", ["1 ticket is 1.05 or 1.5"]),
+        ("The ninth of May, the twenty-ninth of June.", ["the 9th of May, the 29th of June"]),
+    ],
+)
+def test_a_number_is_the_same_however_a_recogniser_writes_it(spoken, written):
+    for transcript in written:
+        errors = count_errors(spoken, transcript)
+        assert errors.wrong == errors.character_errors == 0, transcript
+
+
+@pytest.mark.parametrize(
+    ("spoken", "written", "wrong"),
+    [
+        ("We meet at ten fifty-five.", "We meet at 10:45.", 1),
+        ("Page nineteen.", "Page 90.", 2),
+        ("It costs twenty-six dollars.", "It costs 26.", 1),
+        ("My number is four five eight.", "My number is 48.", 1),
+    ],
+)
+def test_other_numbers_are_errors(spoken, written, wrong):
+    assert count_errors(spoken, written).wrong == wrong
 
 
 def test_a_text_without_words_is_refused_and_an_empty_transcript_is_all_deletions():
