@@ -5,6 +5,7 @@
             words in a .json beside it; only for conversations of two speakers
     wav     manifest.jsonl; a folder per conversation, a wav per turn, bit by bit as stored, and its text in a .txt
     batch   conversations.json of demo.py --mode batch: the texts, and a clip of every speaker from elsewhere
+    replies the same, but who speaks second is left to answer with words of the model's own; the others are heard
 
 Levels stay as they were recorded. `collect_data.py --sources local --input FILE.jsonl` reads the first three back. The
 folder appears when all of it is written. With --tokenizer, what is written are not the recordings
@@ -40,7 +41,14 @@ from conversations import SPLITS, Conversation, build_conversations, read_clips
 from rvq_tokenizer import load_tokenizer
 from turn_shards import TurnRecord, read_turns
 
-INDEX = {"csm": "data.jsonl", "moshi": "data.jsonl", "wav": "manifest.jsonl", "batch": "conversations.json"}
+REQUESTS = "conversations.json"
+INDEX = {
+    "csm": "data.jsonl",
+    "moshi": "data.jsonl",
+    "wav": "manifest.jsonl",
+    "batch": REQUESTS,
+    "replies": REQUESTS,
+}
 PARTIAL = ".partial"  # behind the name of a folder that is being written
 LONGEST_CLIP_S = 8.0  # that shows a voice
 GAP_S = 0.3  # between turns whose times are not known
@@ -66,19 +74,19 @@ def export(
     conversations = [conversation for conversation in found if conversation.split == split]
     if not conversations:
         raise ValueError(f"{data_dir} has no turns in split {split!r}; collect more with collect_data.py")
-    if kind == "moshi":
-        conversations = with_two_speakers(conversations)
+    if kind in ("moshi", "replies"):
+        conversations = with_two_speakers(conversations, or_more=kind == "replies")
     if tokenizer is not None and (codebooks or 1) > tokenizer.config.n_codebooks:
         raise ValueError(f"codebooks={codebooks} must be at most the tokenizer's {tokenizer.config.n_codebooks}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another --out or delete what an earlier export left there")
     names, partial = file_names(conversations), begun(out.resolve())
     depth = 0 if tokenizer is None else codebooks or tokenizer.config.n_codebooks
-    clips = clips_of(conversations) if kind == "batch" else {}
+    clips = clips_of(conversations) if INDEX[kind] == REQUESTS else {}
     heard = read_clips(data_dir, {clip.utt_id: 1.0 for clip in clips.values()}) if clips else []
     samples = {t.utt_id: tokenizer.copies(wave, [depth])[depth] if tokenizer else wave for t, wave in heard}
-    requests = functools.partial(write_requests, clips=clips, samples=samples)
-    write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder, "batch": requests}[kind]
+    requests = functools.partial(write_requests, clips=clips, samples=samples, answered=kind == "replies")
+    write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder}.get(kind, requests)
     rows: dict[int, list[dict]] = {}
     whole = with_audio(data_dir, conversations)
     for number, conversation in tqdm(whole, total=len(conversations), desc="exporting", unit="conversation"):
@@ -86,7 +94,7 @@ def export(
         rows[number] = write(partial, names[number], heard)
     ordered = [row for number in sorted(rows) for row in rows[number]]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-    if kind == "batch":
+    if INDEX[kind] == REQUESTS:
         content = json.dumps({"conversations": ordered}, ensure_ascii=False, indent=1) + "\n"
     write_atomically(partial / INDEX[kind], content.encode())
     if out.is_dir():
@@ -104,12 +112,14 @@ def begun(out: Path) -> Path:
     return partial
 
 
-def with_two_speakers(conversations: list[Conversation]) -> list[Conversation]:
-    """Those that fit into a stereo file; prints how many do not. ValueError if none does."""
-    kept = [conversation for conversation in conversations if len(set(conversation.speakers)) == 2]
+def with_two_speakers(conversations: list[Conversation], or_more: bool) -> list[Conversation]:
+    """Those in which two speak, `or_more`; prints how many are left out. ValueError if all are."""
+    numbers = [len(set(conversation.speakers)) for conversation in conversations]
+    kept = [c for c, n in zip(conversations, numbers, strict=True) if n == 2 or (or_more and n > 2)]
+    wanted = "two speakers or more" if or_more else "two speakers"
     if not kept:
-        raise ValueError(f"none of the {len(conversations)} conversations has two speakers; use --to csm or wav")
-    print(f"{len(conversations) - len(kept)} of {len(conversations)} conversations left out: not of two speakers")
+        raise ValueError(f"none of the {len(conversations)} conversations has {wanted}; use --to csm or wav")
+    print(f"{len(conversations) - len(kept)} of {len(conversations)} conversations left out: not of {wanted}")
     return kept
 
 
@@ -213,17 +223,29 @@ def write_requests(
     conversation: Conversation,
     clips: dict[tuple[str, str], TurnRecord],
     samples: dict[str, np.ndarray],
+    answered: bool,
 ) -> list[dict]:
-    """The clips of a conversation's speakers; its request, of the form `spoken_conversations.CONVERSATION`."""
+    """The clips of a conversation's speakers; its request, of the form `spoken_conversations.CONVERSATION`.
+
+    If it is `answered`, the second speaker's turns are left to the model, and those of the others are written as wav.
+    """
     voices, turns, end = {}, [], None
-    for turn, speaker in zip(conversation.turns, conversation.speakers, strict=True):
+    second = next((speaker for speaker in conversation.speakers if speaker != conversation.speakers[0]), None)
+    for index, (turn, speaker) in enumerate(zip(conversation.turns, conversation.speakers, strict=True)):
+        heard = answered and speaker != second
         clip = clips.get((conversation.conv_id, turn.speaker_id))
-        if clip is not None and str(speaker) not in voices:
+        if clip is not None and str(speaker) not in voices and not heard:
             write_wav(out / f"{name}-{speaker}.wav", samples[clip.utt_id])
             voices[str(speaker)] = {"audio": f"{name}-{speaker}.wav", "text": clip.text}
-        known = end is not None and turn.start_s is not None
-        gap = {"gap_seconds": round(max(0.0, turn.start_s - end), 3)} if known else {}
-        turns.append({"speaker": speaker, "text": turn.text, **gap})
+        request = {"speaker": speaker}
+        if heard or not answered:
+            request["text"] = turn.text
+        if heard:
+            request["audio"] = f"{name}-turn-{index:03d}.wav"
+            write_wav(out / request["audio"], read_audio(turn.audio)[0])
+        if end is not None and turn.start_s is not None:
+            request["gap_seconds"] = round(max(0.0, turn.start_s - end), 3)
+        turns.append(request)
         end = turn.end_s
     return [{"id": name, "voices": voices, "turns": turns}]
 

@@ -18,7 +18,7 @@ from audio import read_audio
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, EXIT_STORAGE, run
 from conversation_formats import Word, recordings_of_csm, recordings_of_moshi, turns_of
 from conversations import build_conversations, split_of
-from export_conversations import INDEX, file_names, spread_words
+from export_conversations import INDEX, REQUESTS, file_names, spread_words
 from rvq_tokenizer import save_tokenizer
 from speech_sources import COLUMNS, manifest_turns
 from spoken_conversations import read_requests
@@ -64,7 +64,7 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("formats") / "data")
 
 
-COLLECTABLE = [kind for kind in INDEX if kind != "batch"]  # formats that collect_data.py reads
+COLLECTABLE = ["csm", "moshi", "wav"]  # formats that collect_data.py reads
 
 
 def export(data, out, kind, *flags):
@@ -475,6 +475,28 @@ def test_a_batch_holds_the_texts_and_a_clip_of_every_speaker_from_elsewhere(data
     for request, clip in shown:
         assert clip["text"] not in texts[request.id]
         assert len(read_audio(tmp_path / "out" / clip["audio"])[0]) > 0
+
+
+def test_replies_are_left_to_who_speaks_second_and_the_others_are_heard(data, tmp_path, capsys):
+    assert export(data, tmp_path / "out", "replies") == EXIT_DONE
+    requests, failures = read_requests(tmp_path / "out" / REQUESTS)
+    own = {c.turns[0].text: c for c in conversations(data, "train") if len(set(c.speakers)) > 1}
+    left_out = len(conversations(data, "train")) - len(own)
+    assert f"{left_out} of {left_out + len(own)} conversations left out" in capsys.readouterr().out
+    assert not failures and len(requests) == len(own) > 0
+    for request in requests:
+        asked = request.content["turns"]
+        real = own[asked[0]["text"]]
+        second = next(speaker for speaker in real.speakers if speaker != real.speakers[0])
+        for turn, original, speaker in zip(asked, real.turns, real.speakers, strict=True):
+            assert turn["speaker"] == speaker
+            if speaker == second:
+                assert "text" not in turn and "audio" not in turn
+            else:
+                samples = read_audio(tmp_path / "out" / turn["audio"])[0]
+                assert turn["text"] == original.text
+                np.testing.assert_allclose(samples, read_audio(original.audio)[0], atol=1e-4)
+        assert set(request.content["voices"]) <= {str(second)}
 
 
 def test_an_export_through_a_tokenizer_holds_its_copies(data, tmp_path, tokenizer, tokenizer_folder):
