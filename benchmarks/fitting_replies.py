@@ -1,0 +1,106 @@
+"""Do a model's replies answer what was asked? python benchmarks/fitting_replies.py runs/replies
+
+Takes what `demo.py --mode batch` wrote for requests of `export_conversations.py --to replies` on data of the source
+`questions`. A reply fits if it is one of the answers in corpus/questions.txt to the question before it, with any values
+in the slots but those that the question named. By chance: every reply held against the next three questions instead.
+The spoken words are not heard here; `evaluation_framework.py --systems` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from speech_sources import QUESTIONS, read_utf8
+from synthetic_voices import MONTHS, ONES, ORDINALS, SLOT, WEEKDAYS, number_words, price_words, time_words
+
+
+def any_of(values: list[str]) -> str:
+    """Longest first, so that "two" does not end where "two hundred" stands."""
+    return "|".join(sorted(map(re.escape, values), key=len, reverse=True))
+
+
+DIGIT = any_of(ONES[:10])
+VALUES = {
+    "weekday": any_of(WEEKDAYS),
+    "date": f"the (?:{any_of(ORDINALS)}) of (?:{any_of(MONTHS)})",
+    "number": any_of([number_words(n) for n in range(3, 100)]),
+    "big": any_of([number_words(n) for n in range(101, 2401)]),
+    "time": any_of([time_words(h, m) for h in range(1, 13) for m in range(0, 60, 5)]),
+    "price": any_of([price_words(d, c) for d in range(3, 161) for c in (0, 25, 50, 75, 95)]),
+    "phone": f"(?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}), (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT})",
+}
+
+
+def patterns() -> list[tuple[re.Pattern[str], str]]:
+    """Of every line: what matches its question, its values by name, and its answer as it stands."""
+    lines = [line.split(" | ") for line in read_utf8(QUESTIONS).splitlines() if line and not line.startswith("#")]
+    return [(re.compile(expression(question, {}), re.IGNORECASE), answer) for question, answer in lines]
+
+
+def expression(text: str, known: dict[str, str]) -> str:
+    """A text with slots, each there once -> a regular expression, `known` values as they are."""
+    parts = SLOT.split(text)  # outside, slot, outside, ...
+    found = [re.escape(part) for part in parts]
+    for place in range(1, len(parts), 2):
+        slot = parts[place]
+        values = VALUES[slot.rstrip("23456789")]
+        found[place] = re.escape(known[slot]) if slot in known else f"(?P<{slot}>{values})"
+    return "".join(found)
+
+
+def fits(question: str, reply: str, known: list[tuple[re.Pattern[str], str]]) -> bool:
+    """Whether a reply is an answer to the question, among `patterns()`; False if nobody asks that."""
+    asked = [(pattern.fullmatch(question), answer) for pattern, answer in known]
+    return any(
+        re.fullmatch(expression(answer, match.groupdict()), reply, re.IGNORECASE) for match, answer in asked if match
+    )
+
+
+def exchanges(folder: Path) -> list[tuple[str, str]]:
+    """(question, reply) of all conversations of a batch. ValueError: there are none."""
+    found = []
+    for path in sorted(folder.glob("*/result.json")):
+        turns = json.loads(path.read_text(encoding="utf-8"))["turns"]
+        found += [
+            (before["text"], turn["text"])
+            for before, turn in itertools.pairwise(turns)
+            if "heard" in before and "heard" not in turn
+        ]
+    if not found:
+        raise ValueError(f"{folder} holds no replies to turns that were heard; see --help")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of demo.py --mode batch")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
+    args = parser.parse_args(argv)
+    found, known = exchanges(args.folder), patterns()
+    right = [fits(question, reply, known) for question, reply in found]
+    chance = [
+        fits(found[(i + k) % len(found)][0], reply, known) for i, (_, reply) in enumerate(found) for k in (1, 2, 3)
+    ]
+    for (question, reply), fit in zip(found, right, strict=True):
+        print(f"{'fits ' if fit else 'WRONG'}  {question}  {reply}")
+    figures = {"replies": len(found), "fitting": sum(right) / len(right), "by_chance": sum(chance) / len(chance)}
+    print(
+        f"{len(found)} replies, {figures['fitting']:.0%} fit the question, {figures['by_chance']:.0%} fit another one"
+    )
+    if args.json:
+        print(json.dumps(figures))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
