@@ -83,11 +83,11 @@ RULED_OUT = ("duplicate", "duplicate_text", "excluded", "dnsmos")  # no sign of 
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
 SOURCES = {
-    "synthetic": lambda args, done: synthetic_source(args.voices, args.seed, done),
-    "numbers": lambda args, done: numbers_source(args.voices, args.seed, done),
+    "synthetic": lambda args, done: synthetic_source(sorted(args.voices), args.seed, done),
+    "numbers": lambda args, done: numbers_source(sorted(args.voices), args.seed, done),
     "questions": lambda args, done: questions_source(args.voices, args.seed, done),
     "sentences": lambda args, done: sentences_source(
-        args.local.get("sentences", Path("/")), args.voices, args.seed, done
+        args.local.get("sentences", Path("/")), sorted(args.voices), args.seed, done
     ),
     "librispeech": lambda args, done: libri_source("librispeech", args.local.get("librispeech"), args.seed, done),
     "libritts_r": lambda args, done: libri_source("libritts_r", args.local.get("libritts_r"), args.seed, done),
@@ -485,7 +485,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.local, args.voices = dict(args.local), sorted(set(args.voices))
+    args.local, args.voices = dict(args.local), list(dict.fromkeys(args.voices))
     if "local" in args.sources and args.input is None and not (args.status or args.verify):
         parser.error("--sources local needs --input DIR or a manifest")
     for name in ("target_hours", "workers", "shard_minutes", "max_disk_gb"):

@@ -32,7 +32,9 @@ ASR_RATE = 16_000  # Hz, of the recogniser, of PESQ wide band and of the speaker
 LOOPED = 2.4  # times smaller than it was when packed: text that repeats itself
 SILENCE_DBFS = -60.0  # a clip below this level holds nothing to measure
 LONGEST_WINDOW = max(size for size, _ in SCALES)  # samples, of the log-mel distance
-PARTS = re.compile(r"(?<=[,.;:!?])\s+")
+BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+\)")
+PARTS = re.compile(r"(?<=[,.;:!?])(?<!hundred,)(?<!thousand,)(?<!million,)\s+", re.IGNORECASE)
+CLOCK = re.compile(r"\bo['\u2019]? ?clock\b", re.IGNORECASE)  # the normaliser reads a zero
 NINTH = re.compile(r"ninth\b", re.IGNORECASE)  # the normaliser waits for "nineth"
 LEADING_ZEROS = re.compile(r"(?<![\d.,])0+(?=\d)")
 BETWEEN_DIGITS = re.compile(r"(?<=\d)[ .,:$]*(?=\d)")
@@ -121,8 +123,8 @@ METRICS = {
         better="lower",
         definition="(substitutions + deletions + insertions) / words of the text, each summed over all clips first; "
         "the recogniser's transcript and the text both pass Whisper's English normaliser, every digit of a number is a "
-        "word, and words without a letter or digit are dropped; where the recogniser loops, it listens again without "
-        "repeating itself. May exceed 1.",
+        "word (3.5 is 35), and words without a letter or digit are dropped; where the recogniser loops, it listens "
+        "again without repeating itself. May exceed 1.",
         reference="the originals' rate is the recogniser's own error floor on this data",
         source="Levenshtein distance on words; jiwer, whisper-normalizer",
         needs=OF_WORDS,
@@ -409,11 +411,12 @@ def normalise(text: str) -> str:
     """Whisper's English normaliser: lower case, no punctuation, digits for numbers, no fillers, American spelling.
 
     Deviation: every digit of a number is a word, signs within numbers are dropped, so that "ten fifty-five", "1055",
-    "10:55" and "10.55" are the same words, as they sound: a recogniser writes them one way or another. Parts between
-    commas and stops are normalised alone, else "fifty, two" is 52; zeros before a number stay; a lone "one" is a number
-    too. Words without a letter or digit are dropped; the normaliser leaves a "." of a final "...".
+    "10:55" and "10.55" are the same words: a recogniser writes them one way or another. 3.5 and 35 are the same, too.
+    Parts between commas and stops are normalised alone, else "fifty, two" is 52; zeros before a number stay; a lone
+    "one" is a number. Words without a letter or digit are dropped; the normaliser leaves a "." of a final "...".
     """
-    text = LEADING_ZEROS.sub(lambda zeros: " ".join(zeros[0]) + " ", NINTH.sub("nineth", text))
+    text = CLOCK.sub("oclock", NINTH.sub("nineth", BRACKETS.sub("", text)))
+    text = LEADING_ZEROS.sub(lambda zeros: " ".join(zeros[0]) + " ", text)
     words = " ".join(_normalizer()(part) for part in PARTS.split(text)).split()
     words = [word for word in words if any(character.isalnum() for character in word)]
     return BETWEEN_DIGITS.sub(" ", re.sub(r"\bone\b", "1", " ".join(words)))

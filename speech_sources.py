@@ -33,7 +33,7 @@ from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
 N_NUMBERS = 20_000  # sentences, 14 hours
-N_QUESTIONS = 10_000  # and as many answers, 9 hours
+N_QUESTIONS = 10_000  # and as many answers, 10 hours
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
 COLUMNS = ("audio", "text", "speaker", "conversation", "turn_index", "start", "language", "style", "licence", "trimmed")
@@ -363,7 +363,7 @@ def read_in_groups(
 ) -> Iterator[Unit]:
     """Lines that belong together, eight lines at a time spoken by `voices`, in an order drawn from `seed`, each once.
 
-    Which eight does not depend on the seed, so that none is in two splits.
+    Which eight does not depend on the seed, so that no eight are in two splits.
     """
     synthetic_voices.check_voice()
     random.Random(0).shuffle(pieces)

@@ -33,7 +33,7 @@ VALUES = {
     "date": f"the (?:{any_of(ORDINALS)}) of (?:{any_of(MONTHS)})",
     "number": any_of([number_words(n) for n in range(3, 100)]),
     "big": any_of([number_words(n) for n in range(101, 2401)]),
-    "time": any_of([time_words(h, m) for h in range(1, 13) for m in range(0, 60, 5)]),
+    "time": any_of([time_words(h, m) for h in range(1, 13) for m in range(0, 60, 5) if m != 5]),
     "price": any_of([price_words(d, c) for d in range(3, 161) for c in (0, 25, 50, 75, 95)]),
     "phone": f"(?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}), (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT})",
 }
@@ -58,10 +58,18 @@ def expression(text: str, known: dict[str, str]) -> str:
 
 def fits(question: str, reply: str, known: list[tuple[re.Pattern[str], str]]) -> bool:
     """Whether a reply is an answer to the question, among `patterns()`; False if nobody asks that."""
-    asked = [(pattern.fullmatch(question), answer) for pattern, answer in known]
-    return any(
-        re.fullmatch(expression(answer, match.groupdict()), reply, re.IGNORECASE) for match, answer in asked if match
-    )
+    for pattern, answer in known:
+        if asked := pattern.fullmatch(question):
+            answered = re.fullmatch(expression(answer, asked.groupdict()), reply, re.IGNORECASE)
+            if answered and all_differ({**asked.groupdict(), **answered.groupdict()}):
+                return True
+    return False
+
+
+def all_differ(values: dict[str, str]) -> bool:
+    """Whether the slots of each kind, as {time} and {time2}, hold different values."""
+    said = [(slot.rstrip("23456789"), value.lower()) for slot, value in values.items()]
+    return len(set(said)) == len(said)
 
 
 def exchanges(folder: Path) -> list[tuple[str, str]]:
@@ -88,15 +96,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found, known = exchanges(args.folder), patterns()
     right = [fits(question, reply, known) for question, reply in found]
-    chance = [
-        fits(found[(i + k) % len(found)][0], reply, known) for i, (_, reply) in enumerate(found) for k in (1, 2, 3)
-    ]
+    n = len(found)
+    others = [k for k in (1, 2, 3) if k % n]
+    chance = [fits(found[(i + k) % n][0], reply, known) for i, (_, reply) in enumerate(found) for k in others]
     for (question, reply), fit in zip(found, right, strict=True):
         print(f"{'fits ' if fit else 'WRONG'}  {question}  {reply}")
-    figures = {"replies": len(found), "fitting": sum(right) / len(right), "by_chance": sum(chance) / len(chance)}
-    print(
-        f"{len(found)} replies, {figures['fitting']:.0%} fit the question, {figures['by_chance']:.0%} fit another one"
-    )
+    figures = {"replies": n, "fitting": sum(right) / n, "by_chance": sum(chance) / len(chance) if chance else None}
+    print(f"{n} replies, {figures['fitting']:.0%} fit the question; of other questions {sum(chance)} of {len(chance)}")
     if args.json:
         print(json.dumps(figures))
     return EXIT_DONE

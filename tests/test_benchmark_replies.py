@@ -36,6 +36,7 @@ def test_every_real_answer_fits_its_question_and_few_fit_another(known):
         ("Is room nine free?", "Room eight is free on Monday.", False),
         ("Is room nine free?", "Room nine is free on Monday. Room", False),
         ("Do we meet at half past one?", "No, we meet at two ten.", True),
+        ("Do we meet at half past one?", "No, we meet at half past one.", False),
         ("Have you eaten?", "It is four ten.", False),
     ],
 )
@@ -49,7 +50,7 @@ def test_replies_of_a_batch_are_counted(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "result.json").write_text(json.dumps({"turns": turns}))
     assert run(benchmark.main, [str(tmp_path), "--json"]) == EXIT_DONE
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"replies": 2, "fitting": 0.5, "by_chance": 1 / 6}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"replies": 2, "fitting": 0.5, "by_chance": 0.0}
     (tmp_path / "empty").mkdir()
     assert run(benchmark.main, [str(tmp_path / "empty")]) == EXIT_INPUT
     assert "holds no replies" in capsys.readouterr().err

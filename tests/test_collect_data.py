@@ -610,11 +610,11 @@ def test_numbers_are_read_by_the_voice_named(tmp_path):
 
 def test_questions_are_asked_by_others_and_answered_by_the_first_voice(tmp_path):
     out = tmp_path / "out"
-    flags = ["--sources", "questions", "--voices", "adam", "bruno", "--workers", "1", "--target_hours", "0.005"]
+    flags = ["--sources", "questions", "--voices", "bruno", "adam", "--workers", "1", "--target_hours", "0.005"]
     assert run(main, [*flags, "--out", str(out)]) == EXIT_DONE
     turns = sorted(read_turns(out, with_audio=False), key=lambda turn: (turn.conv_key, turn.turn_index))
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
-    assert {(a.speaker_id, b.speaker_id) for a, b in pairs} == {("synthetic:bruno", "synthetic:adam")}
+    assert {(a.speaker_id, b.speaker_id) for a, b in pairs} == {("synthetic:adam", "synthetic:bruno")}
     known = speech_sources.question_answers()
     assert all([question.text, answer.text] in known for question, answer in pairs)
     assert all(question.text.endswith("?") and not answer.text.endswith("?") for question, answer in pairs)

@@ -143,6 +143,9 @@ def test_spelling_case_numbers_and_fillers_are_no_errors():
         ("Forty-two, twenty-three, fifty-four.", ["42, 23, 54", "42 23, 54."]),
         ("One ticket is ten dollars fifty, two are twenty dollars.", ["1 ticket is $10.50, two are $20."]),
         ("One ticket is one oh five, or one point five.", ["1 ticket is 1.05 or 1.5"]),
+        ("One thousand, two hundred and five people.", ["1,205 people", "1205 people"]),
+        ("We meet at ten o'clock.", ["We meet at 10 o'clock", "We meet at 10 oclock.", "We meet at ten o\u2019clock."]),
+        ("Hello.", ["[Music, applause] Hello.", "(well, nearly) hello"]),
         ("The ninth of May, the twenty-ninth of June.", ["the 9th of May, the 29th of June"]),
     ],
 )
@@ -157,6 +160,7 @@ def test_a_number_is_the_same_however_a_recogniser_writes_it(spoken, written):
     [
         ("We meet at ten fifty-five.", "We meet at 10:45.", 1),
         ("Page nineteen.", "Page 90.", 2),
+        ("We meet at ten o'clock.", "We meet at 100.", 1),
         ("It costs twenty-six dollars.", "It costs 26.", 1),
         ("My number is four five eight.", "My number is 48.", 1),
     ],
