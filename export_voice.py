@@ -126,10 +126,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
     small = "tensors that need not be exact, in float8, e.g. depth_heads: half the bytes, up to 12 %% of error"
     add("--float8", nargs="+", default=[], metavar="NAME", help=small)
+    ahead = (
+        "a reply of its own is written so many ids ahead of its speech (default: as it was trained); 200 writes all "
+    )
+    ahead += "of it first, as a model of --joint 0 has learnt"
+    add("--text_per_chunk", type=int, metavar="N", help=ahead)
     add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)
     speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
+    if args.text_per_chunk is not None:
+        model.config = dataclasses.replace(model.config, text_per_chunk=args.text_per_chunk)
     for given, written in ((args.checkpoint, args.out), (args.tokenizer, args.out / "tokenizer")):
         if given.resolve() == written.resolve():
             raise ValueError(f"--out {args.out} would overwrite {given}, which is read; choose another")

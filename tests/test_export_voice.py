@@ -34,13 +34,26 @@ def test_an_exported_voice_is_the_trained_one_in_half_the_size(trained, tmp_path
     assert (
         run(
             export_voice.main,
-            [*trained, "--out", str(out), "--codebooks", "2", "--temperature", "0.5", "--notes", "It reads numbers."],
+            [
+                *trained,
+                "--out",
+                str(out),
+                "--codebooks",
+                "2",
+                "--temperature",
+                "0.5",
+                "--notes",
+                "It reads numbers.",
+                "--text_per_chunk",
+                "200",
+            ],
         )
         == EXIT_DONE
     )
     model, tokenizer = load_model(out), load_tokenizer(out / "tokenizer")
     check_tokenizer(model.config, tokenizer)
     before = load_model(tmp_path / "run")
+    assert (model.config.text_per_chunk, before.config.text_per_chunk) == (200, 3)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before.state_dict()[name], rtol=1e-3, atol=1e-6)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, tmp_path / "run")]
