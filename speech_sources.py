@@ -336,12 +336,17 @@ def question_answers() -> list[list[str]]:
     return list(itertools.islice(_filled(QUESTIONS), N_QUESTIONS))
 
 
+def read_patterns(path: Path) -> list[list[str]]:
+    """The patterns of a corpus file, a line each, in their parts between "|"."""
+    lines = read_utf8(path).splitlines()
+    return [line.split(" | ") for line in lines if line and not line.startswith("#")]
+
+
 def _filled(path: Path) -> Iterator[list[str]]:
     """The parts of the file's patterns, those in turn and without end, with slot values drawn anew."""
-    patterns = [line for line in read_utf8(path).splitlines() if line and not line.startswith("#")]
     values = random.Random(0)
-    for pattern in itertools.cycle(patterns):
-        lines = [_line(part, "A") for part in pattern.split(" | ")]
+    for parts in itertools.cycle(read_patterns(path)):
+        lines = [_line(part, "A") for part in parts]
         yield synthetic_voices.fill_slots(synthetic_voices.Dialogue("", "", lines), values)
 
 

@@ -130,7 +130,7 @@ def read_dialogues(path: Path) -> list[Dialogue]:
         if header := HEADER.fullmatch(line):
             dialogues.append(Dialogue(header[1], header[2], []))
         elif (match := LINE.fullmatch(line)) and dialogues and (match[2] or "neutral") in STYLES:
-            unknown = [slot for slot in SLOT.findall(match[3]) if "|" not in slot and _kind(slot) not in SLOTS]
+            unknown = [slot for slot in SLOT.findall(match[3]) if "|" not in slot and slot_kind(slot) not in SLOTS]
             problems += [f"line {number}: unknown slot {{{slot}}}" for slot in unknown]
             dialogues[-1].lines.append(Line(match[1], match[2] or "neutral", match[3]))
         else:
@@ -248,6 +248,8 @@ def price_words(dollars: int, cents: int) -> str:
     return f"{number_words(dollars)} {unit}" + (f" {number_words(cents)}" if cents else "")
 
 
+MINUTES = (0, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55)
+CENTS = (0, 0, 25, 50, 75, 95)  # a full price twice as often
 SLOTS = {
     "name": lambda r: r.choice(WOMEN + MEN),
     "woman": lambda r: r.choice(WOMEN),
@@ -258,13 +260,13 @@ SLOTS = {
     "date": lambda r: f"the {r.choice(ORDINALS)} of {r.choice(MONTHS)}",
     "number": lambda r: number_words(r.randint(3, 99)),
     "big": lambda r: number_words(r.randint(101, 2400)),
-    "time": lambda r: time_words(r.randint(1, 12), r.choice([0, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55])),
-    "price": lambda r: price_words(r.randint(3, 160), r.choice([0, 0, 25, 50, 75, 95])),
+    "time": lambda r: time_words(r.randint(1, 12), r.choice(MINUTES)),
+    "price": lambda r: price_words(r.randint(3, 160), r.choice(CENTS)),
     "phone": lambda r: ", ".join(" ".join(r.choice(ONES[:10]) for _ in range(n)) for n in (3, 4)),
 }
 
 
-def _kind(slot: str) -> str:
+def slot_kind(slot: str) -> str:
     return slot.rstrip("23456789")
 
 
@@ -275,8 +277,8 @@ def fill_slots(dialogue: Dialogue, generator: random.Random) -> list[str]:
     """
     values: dict[str, str] = {}
     for slot in sorted({slot for line in dialogue.lines for slot in SLOT.findall(line.text) if "|" not in slot}):
-        taken = {value for other, value in values.items() if _kind(other) == _kind(slot)}
-        while (value := SLOTS[_kind(slot)](generator)) in taken:
+        taken = {value for other, value in values.items() if slot_kind(other) == slot_kind(slot)}
+        while (value := SLOTS[slot_kind(slot)](generator)) in taken:
             pass
         values[slot] = value
     texts = []

@@ -18,8 +18,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from command_line import EXIT_CODES_HELP, EXIT_DONE, run
-from speech_sources import QUESTIONS, read_utf8
-from synthetic_voices import MONTHS, ONES, ORDINALS, SLOT, WEEKDAYS, number_words, price_words, time_words
+from speech_sources import QUESTIONS, read_patterns
+from synthetic_voices import (
+    CENTS,
+    MINUTES,
+    MONTHS,
+    ONES,
+    ORDINALS,
+    SLOT,
+    WEEKDAYS,
+    number_words,
+    price_words,
+    slot_kind,
+    time_words,
+)
 
 
 def any_of(values: list[str]) -> str:
@@ -33,15 +45,15 @@ VALUES = {
     "date": f"the (?:{any_of(ORDINALS)}) of (?:{any_of(MONTHS)})",
     "number": any_of([number_words(n) for n in range(3, 100)]),
     "big": any_of([number_words(n) for n in range(101, 2401)]),
-    "time": any_of([time_words(h, m) for h in range(1, 13) for m in range(0, 60, 5) if m != 5]),
-    "price": any_of([price_words(d, c) for d in range(3, 161) for c in (0, 25, 50, 75, 95)]),
+    "time": any_of([time_words(h, m) for h in range(1, 13) for m in MINUTES]),
+    "price": any_of([price_words(d, c) for d in range(3, 161) for c in set(CENTS)]),
     "phone": f"(?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}), (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT}) (?:{DIGIT})",
 }
 
 
 def patterns() -> list[tuple[re.Pattern[str], str]]:
     """Of every line: what matches its question, its values by name, and its answer as it stands."""
-    lines = [line.split(" | ") for line in read_utf8(QUESTIONS).splitlines() if line and not line.startswith("#")]
+    lines = read_patterns(QUESTIONS)
     return [(re.compile(expression(question, {}), re.IGNORECASE), answer) for question, answer in lines]
 
 
@@ -51,7 +63,7 @@ def expression(text: str, known: dict[str, str]) -> str:
     found = [re.escape(part) for part in parts]
     for place in range(1, len(parts), 2):
         slot = parts[place]
-        values = VALUES[slot.rstrip("23456789")]
+        values = VALUES[slot_kind(slot)]
         found[place] = re.escape(known[slot]) if slot in known else f"(?P<{slot}>{values})"
     return "".join(found)
 
@@ -68,7 +80,7 @@ def fits(question: str, reply: str, known: list[tuple[re.Pattern[str], str]]) ->
 
 def all_differ(values: dict[str, str]) -> bool:
     """Whether the slots of each kind, as {time} and {time2}, hold different values."""
-    said = [(slot.rstrip("23456789"), value.lower()) for slot, value in values.items()]
+    said = [(slot_kind(slot), value.lower()) for slot, value in values.items()]
     return len(set(said)) == len(said)
 
 
