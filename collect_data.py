@@ -42,6 +42,7 @@ from command_line import (
     EXIT_PARTIAL,
     PART_HELP,
     MissingRequirement,
+    Several,
     StopSignals,
     default_part,
     describe,
@@ -449,14 +450,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sources", nargs="+", choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
+    add("--sources", action=Several, choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
     hours_help = "hours of speech the sources shall hold together (default: 0.5, or all where every source has an end)"
     add("--target_hours", type=float, metavar="H", help=hours_help)
     add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
     local_help = "read a source from a place: an unpacked archive, or where Debian packages are unpacked (default: /)"
-    add("--local", nargs="+", type=place, default=[], metavar="SOURCE=DIR", help=local_help)
+    add("--local", action=Several, type=place, default=[], metavar="SOURCE=DIR", help=local_help)
     voices_help = f"who speaks in synthetic, numbers, questions and sentences (default: all of {', '.join(SPEAKERS)})"
-    add("--voices", nargs="+", choices=list(SPEAKERS), default=list(SPEAKERS), metavar="NAME", help=voices_help)
+    add("--voices", action=Several, choices=list(SPEAKERS), default=list(SPEAKERS), metavar="NAME", help=voices_help)
     add("--common_voice_release", metavar="ID", help="of Mozilla Data Collective; needs MDC_API_KEY")
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="the collection (default: data)")
     add(

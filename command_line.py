@@ -53,6 +53,17 @@ def exit_code_of(error: BaseException) -> int | None:
     return None
 
 
+class Several(argparse.Action):
+    """`--flag a --flag b` is `--flag a b`; argparse alone forgets what was given first."""
+
+    def __init__(self, *args, nargs="+", **kwargs):
+        super().__init__(*args, nargs=nargs, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if before is self.default else before), *values])
+
+
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Call `main(argv)`; what a user can mend becomes one line on stderr and an exit code, the rest a traceback."""
     try:

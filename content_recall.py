@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run
 from speech_metrics import NOT_ASKED, Metric, NotMeasurable, normalise
 
 SENTENCES = Path(__file__).parent / "corpus" / "recall.json"
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("recall.json"), help="(default: recall.json)")
     help_text = f"exchanges between telling and asking, 0 to {most_between()} (default: 0 2 5)"
-    parser.add_argument("--between", type=int, nargs="+", default=[0, 2, 5], metavar="K", help=help_text)
+    parser.add_argument("--between", type=int, action=Several, default=[0, 2, 5], metavar="K", help=help_text)
     args = parser.parse_args(argv)
     made = [{"id": name, "turns": turns} for name, turns in conversations(args.between).items()]
     write_atomically(args.out, (json.dumps({"conversations": made}, indent=1) + "\n").encode())

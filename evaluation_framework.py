@@ -20,7 +20,7 @@ from architecture import load_model
 from audio_tokenizer import fingerprint
 from checkpointing import write_atomically
 from codec_gates import as_values, check_gates, codebook_use, draw_gates, print_gates
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, Several, only_run_in, run
 from conversations import load_clips
 from evaluation_report import (
     collect_warnings,
@@ -140,7 +140,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--systems",
-        nargs="+",
+        action=Several,
         type=named_folder,
         metavar="NAME=PATH",
         help="compare instead what systems said in the same conversations; a PATH is a manifest or a folder as for "
@@ -149,7 +149,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     listen_help = "with two --systems: also a page to compare so many turns by ear, blind; listening.html in --out"
     parser.add_argument("--listening", type=int, default=0, metavar="N", help=listen_help)
     answers_help = "count what listeners saved from that page, with the listening_key.json in --out"
-    parser.add_argument("--answers", nargs="+", type=Path, metavar="FILE", help=answers_help)
+    parser.add_argument("--answers", action=Several, type=Path, metavar="FILE", help=answers_help)
     ser_help = "with --systems: hear emotions by this audio classifier, a hub name or a folder (default: none)"
     parser.add_argument("--ser", default="", metavar="MODEL", help=ser_help)
     squim_help = "with --systems: also quality as SQUIM hears it; downloads its weights once"

@@ -19,7 +19,7 @@ import torch
 from architecture import CSM, WEIGHTS_KIND, load_model
 from audio_tokenizer import AudioTokenizer
 from checkpointing import save_weights, write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run
 from generation import SPEAKING, Sampling, Speaking, check_tokenizer
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
     small = "tensors that need not be exact, in float8, e.g. depth_heads: half the bytes, up to 12 %% of error"
-    add("--float8", nargs="+", default=[], metavar="NAME", help=small)
+    add("--float8", action=Several, default=[], metavar="NAME", help=small)
     ahead = (
         "a reply of its own is written so many ids ahead of its speech (default: as it was trained); 200 writes all "
     )

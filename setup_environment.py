@@ -35,6 +35,7 @@ from command_line import (
     EXIT_STORAGE,
     FolderBusy,
     MissingRequirement,
+    Several,
     run,
 )
 
@@ -419,6 +420,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder of the environment (default: .venv)")
     parser.add_argument(
         "--extras",
+        action=Several,
         nargs="*",
         choices=list(EXTRAS),
         default=["data", "eval"],

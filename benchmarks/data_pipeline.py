@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import collect_data  # noqa: E402
 from architecture import CSM  # noqa: E402
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run  # noqa: E402
+from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run  # noqa: E402
 from conversations import SPLITS, build_conversations  # noqa: E402
 from dataset_pipeline import ConversationDataset  # noqa: E402
 from export_conversations import export  # noqa: E402
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, default=Path("data"), help="a collection, only read (default: data)")
     add("--split", choices=SPLITS, default="train", help="of it, what is measured with (default: train)")
     add("--tokenizer", default="runs/tokenizer", help="folder of train_tokenizer.py (default: runs/tokenizer)")
-    add("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="(default: 1 and the number of cores)")
+    workers_help = "(default: 1 and the number of cores)"
+    add("--workers", type=int, action=Several, default=[1, os.cpu_count() or 1], help=workers_help)
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its choice)")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)

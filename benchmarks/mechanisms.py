@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from architecture import CSM, CSMCache, Traces, count_targets, parameter_table
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run
 from conversational_memory import MemoryStore
 from cross_attention import guidance_loss
 from frames import IGNORE, Clock, Rows, Turn, concatenate
@@ -500,7 +500,7 @@ def print_table(title: str, rows: dict[str, dict[str, list[float]]], digits: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=EXIT_CODES_HELP)
     defaults = " (default: %(default)s)"
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and data" + defaults)
+    parser.add_argument("--seeds", type=int, action=Several, default=[0, 1, 2], help="of weights and data" + defaults)
     parser.add_argument("--only", default="", help="run only what begins so, e.g. memory or cross/delayed copy")
     parser.add_argument("--memory_steps", type=int, default=500, help="training steps of the memory task" + defaults)
     parser.add_argument("--cross_steps", type=int, default=300, help="of the cross-attention tasks" + defaults)

@@ -1,5 +1,6 @@
-"""Exit codes, one-line errors, stop signals, the folder lock."""
+"""Exit codes, one-line errors, stop signals, the folder lock, flags."""
 
+import argparse
 import errno
 import os
 import signal
@@ -18,6 +19,7 @@ from command_line import (
     EXIT_STORAGE,
     FolderBusy,
     MissingRequirement,
+    Several,
     StopSignals,
     only_run_in,
     run,
@@ -88,3 +90,20 @@ def test_a_folder_holds_one_run_and_is_free_after_a_kill(tmp_path):
     process.stdout.close()
     with only_run_in(tmp_path / "new" / "folder"):
         pass
+
+
+@pytest.mark.parametrize("default", [None, [], ["other"]])
+def test_a_flag_given_again_adds_to_what_was_given(default):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local", action=Several, nargs="*", default=default)
+    assert parser.parse_args([]).local == default
+    assert parser.parse_args(["--local"]).local == []
+    for _ in range(2):  # the default is not changed
+        assert parser.parse_args(["--local", "a", "b", "--local", "c"]).local == ["a", "b", "c"]
+
+
+def test_every_flag_of_several_values_may_be_given_again():
+    root = Path(__file__).resolve().parents[1]
+    for script in (*root.glob("*.py"), *root.glob("benchmarks/*.py")):
+        text = script.read_text(encoding="utf-8")
+        assert script.name == "command_line.py" or 'nargs="+"' not in text, f"{script.name}: action=Several instead"
