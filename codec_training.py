@@ -493,13 +493,12 @@ def update(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
 def fit_codebooks(run: Run) -> None:
     """k-means of all levels on latents of random crops; a function of the weights and the seed."""
     c, shape = run.config, run.model.config
-    tokens = c.batch_size * c.crop_frames
-    n_batches = math.ceil(FIT_VECTORS * shape.codebook_size / tokens)
+    n_batches = math.ceil(FIT_VECTORS * shape.codebook_size / (c.batch_size * c.crop_frames))
     latents = []
     for index in range(n_batches):
         wave = run.crops.batch(c.seed + 1, index, c.batch_size, c.crop_frames * FRAME_SAMPLES).to(run.device)
         latents.append(run.model.latents(wave))
-    fit_to(run, latents, tokens, anew=True)
+    fit_to(run, latents, anew=True)
 
 
 @torch.no_grad()
@@ -512,13 +511,14 @@ def settle_codebooks(run: Run) -> None:
     c, model = run.config, run.model
     wanted = SETTLE_VECTORS * model.config.codebook_size
     latents = [model.latents(wave.to(run.device)) for wave in run.crops.whole(c.seed, wanted)]
-    n_frames = sum(content.size(1) for content, _ in latents)
-    if n_frames >= FIT_VECTORS * model.config.codebook_size:
-        fit_to(run, latents, n_frames, anew=False)
+    if sum(content.size(1) for content, _ in latents) >= FIT_VECTORS * model.config.codebook_size:
+        fit_to(run, latents, anew=False)
 
 
-def fit_to(run: Run, latents: list[tuple[Tensor, Tensor]], batch_tokens: int, anew: bool) -> None:
-    """Both quantisers, to content and acoustic latents (B, T, D); the same in all processes."""
+def fit_to(run: Run, latents: list[tuple[Tensor, Tensor]], anew: bool) -> None:
+    """Both quantisers, to content and acoustic latents (B, T, D); the same in all processes. The codes weigh as if a
+    step's crops had made them, so that later steps, of this run or of one from its tokenizer, can move them."""
+    batch_tokens = run.config.batch_size * run.config.crop_frames
     generator = torch.Generator().manual_seed(run.config.seed)
     for quantiser, branch in zip((run.model.semantic, run.model.acoustic), zip(*latents, strict=True), strict=True):
         vectors = torch.cat([part.flatten(0, 1) for part in branch])

@@ -385,8 +385,11 @@ class RVQTokenizer(AudioTokenizer):
         return Reconstruction(self.synthesize(semantic.latents, detail.latents, acoustic_depth), codes, commitment)
 
     def decode_frozen(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Tensor:
-        """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N)."""
-        with torch.no_grad():
+        """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N).
+
+        Codes are found in float32 under any autocast: in bfloat16 one in eight would not be that of `encode`.
+        """
+        with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
             content, acoustic = self.latents(wave)
             content = self.semantic.nearest(content, semantic_depth)
             acoustic = self.acoustic.nearest(acoustic, acoustic_depth)

@@ -417,3 +417,19 @@ def test_frozen_decoding_equals_decoding_the_codes_and_teaches_the_decoder_alone
     assert all(p.grad is None for p in tokenizer.encoder.parameters())
     assert all(p.grad is not None for p in tokenizer.decoder.parameters())
     assert torch.equal(tokenizer.semantic.levels[0].codebook, before)
+
+
+def test_frozen_decoding_hears_the_codes_of_encode_under_autocast(monkeypatch):
+    """In bfloat16 some would be others: the decoder would learn from codes that no clip has."""
+    torch.manual_seed(0)
+    tokenizer, wave = RVQTokenizer(PRESETS["debug"]), 0.1 * torch.randn(2, 40 * FRAME_SAMPLES)
+    for stack, latents in zip((tokenizer.semantic, tokenizer.acoustic), tokenizer.latents(wave), strict=True):
+        stack.fit(latents.detach().flatten(0, 1).repeat(2, 1), 16, torch.Generator())
+    heard = []
+    monkeypatch.setattr(tokenizer, "synthesize", lambda *latents: heard.append(latents[:2]))
+    depths = torch.tensor([10, 10]), torch.tensor([22, 22])
+    tokenizer.decode_frozen(wave, *depths)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokenizer.decode_frozen(wave, *depths)
+    for plain, mixed in zip(*heard, strict=True):
+        assert torch.equal(plain, mixed)

@@ -269,6 +269,8 @@ def test_codes_are_final_when_the_last_stage_begins(adversarial):
         waves.append(model.decode(codes[-1]))
     assert not torch.equal(codes[5], codes[6])  # the codebooks settle
     assert torch.equal(codes[6], codes[7]) and torch.equal(codes[6], codes[9])
+    for level in (*model.semantic.levels, *model.acoustic.levels):  # who begins with these weights can move them
+        assert level._codebook.cluster_size.sum() == pytest.approx(config.batch_size * config.crop_frames)
     assert not torch.allclose(waves[6], waves[9], atol=1e-5)
     if adversarial:
         assert record["train/telling"] > 0 and record["train/fooling"] > 0
