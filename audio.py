@@ -5,6 +5,7 @@ Knows nothing of codes, models or data sets. Samples are float32 in [-1, 1], sha
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ import soxr
 SAMPLE_RATE = 24_000  # Hz, of the codec
 FRAME_RATE = 12.5  # codec frames per second
 FRAME_SAMPLES = int(SAMPLE_RATE / FRAME_RATE)  # 1920 samples, 80 ms
+OGG_HEADER = 27  # bytes of a page before the sizes of its segments
 
 
 def read_audio(source: Path | str | bytes, sample_rate: int | None = SAMPLE_RATE) -> tuple[np.ndarray, int]:
@@ -35,16 +37,15 @@ def read_audio(source: Path | str | bytes, sample_rate: int | None = SAMPLE_RATE
             samples = file.read(dtype="float32", always_2d=True)  # (N, channels)
     except (soundfile.LibsndfileError, MemoryError) as error:
         raise ValueError(f"{name}: not readable as wav, flac, ogg or mp3 ({error})") from error
-    if len(samples) == 0:
-        raise ValueError(f"{name}: holds no samples")
     if declared - len(samples) > max(0.1 * rate, 0.02 * declared):
         raise ValueError(f"{name}: truncated, header says {declared} samples, found {len(samples)}")
     if not np.isfinite(samples).all():
         raise ValueError(f"{name}: holds samples that are not finite")
-    mono = samples.mean(axis=1)
-    if sample_rate is None or sample_rate == rate:
-        return mono, rate
-    return resample(mono, rate, sample_rate), sample_rate
+    wanted = sample_rate or rate
+    mono = resample(samples.mean(axis=1), rate, wanted)
+    if len(mono) == 0:
+        raise ValueError(f"{name}: holds no samples" + (f" at {wanted} Hz" if len(samples) else ""))
+    return mono, wanted
 
 
 def is_cut_short(content: bytes) -> bool:
@@ -52,9 +53,12 @@ def is_cut_short(content: bytes) -> bool:
     if content[:4] == b"RIFF":
         size = int.from_bytes(content[4:8], "little")  # of what follows
         return size not in (0, 2**32 - 1) and size + 8 > len(content) + 1  # those two: length unknown when written
-    if content[:4] == b"OggS":
-        last_page = content.rfind(b"OggS")
-        return not content[last_page + 5] & 4  # flag of the last page of a stream
+    if content[:4] == b"OggS":  # RFC 3533, 6
+        page = content[content.rfind(b"OggS") :]
+        if len(page) < OGG_HEADER or not page[5] & 4:  # flag of the last page of a stream
+            return True
+        sizes = page[OGG_HEADER : OGG_HEADER + page[OGG_HEADER - 1]]  # of its segments
+        return len(page) < OGG_HEADER + page[OGG_HEADER - 1] + sum(sizes)
     return False
 
 
@@ -71,8 +75,13 @@ def to_pcm16(samples: np.ndarray) -> np.ndarray:
 def write_wav(path: Path, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
     """Write (N,) samples as 16-bit PCM; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(encode_pcm16(samples, sample_rate, "WAV"))
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(encode_pcm16(samples, sample_rate, "WAV"))
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def encode_pcm16(samples: np.ndarray, sample_rate: int, container: str = "FLAC") -> bytes:

@@ -108,6 +108,8 @@ class TrainConfig:
         for name in (*weights, "content_gradient", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
         if self.keep_codes and (not self.init_from or self.ctc_weight):
             raise ValueError(
                 "keep_codes trains the decoder of an init_from, whose codes are made: ctc_weight must be 0"

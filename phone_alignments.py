@@ -119,11 +119,12 @@ def align_clips(clips: Sequence[Clip], folder: Path) -> list[list[Interval]]:
 
     Says how many have none, and why. ValueError: all. MissingRequirement: no package for it.
     """
-    for package in ("praatio", "pocketsphinx"):
+    missing = [clip for clip in clips if not (folder / file_name(clip.utt_id)).is_file()]
+    for package in ("praatio", "pocketsphinx") if missing else ("praatio",):
         if importlib.util.find_spec(package) is None:
             raise MissingRequirement(f"phones need {package}: python setup_environment.py --extras eval")
     folder.mkdir(parents=True, exist_ok=True)
-    aligner, found, without = Aligner(), [], Counter()
+    aligner, found, without = Aligner() if missing else None, [], Counter()
     for clip in tqdm(clips, desc="aligning phones", unit="clip"):
         path = folder / file_name(clip.utt_id)
         if not path.is_file():

@@ -107,15 +107,17 @@ def over_ranks(count: int, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError if CUDA is asked for and not there."""
+    """ValueError for one that this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is none; give auto, cpu or cuda") from error
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the words of every backend are other ones
+        raise ValueError(f"device {name!r} cannot be used here; give auto, cpu or cuda") from error
+    return device
 
 
 def use_threads(n: int) -> None:

@@ -67,6 +67,7 @@ class ResidualQuantizer(nn.Module):
             for _ in range(n_levels)
         )
         self.n_codes = n_codes
+        self.n_moves = 0  # of the codebooks by `forward`: the library's own changes raise no version of a tensor
         self._books: tuple[list, Books] | None = None  # with the versions of the codebooks they were made from
 
     def forward(self, x: Tensor, depth: Tensor, live: Tensor | None = None) -> Quantized:
@@ -74,6 +75,7 @@ class ResidualQuantizer(nn.Module):
 
         `live` (B, T): which frames are speech and no padding, from which nothing is learnt; all by default.
         """
+        self.n_moves += self.training
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             counted = ... if live is None else live
@@ -107,7 +109,7 @@ class ResidualQuantizer(nn.Module):
     def books(self, dtype: torch.dtype) -> Books:
         """The codebooks as they are now, in one piece; kept until one moves or another precision is asked for."""
         books = [level._codebook.embed for level in self.levels]  # (1, V, D) each
-        version = [dtype, *((book.data_ptr(), book._version) for book in books)]
+        version = [dtype, self.n_moves, *((book.data_ptr(), book._version) for book in books)]
         if self._books is None or self._books[0] != version:
             codes = torch.cat(books).to(dtype)  # (K, V, D)
             self._books = version, Books(codes, codes.square().sum(dim=2))

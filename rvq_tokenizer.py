@@ -297,10 +297,11 @@ class ExactEncoder:
         return self.version == self.version_of(tokenizer)
 
     @staticmethod
-    def version_of(tokenizer: RVQTokenizer) -> list[tuple[int, int]]:
+    def version_of(tokenizer: RVQTokenizer) -> list[tuple[int, ...]]:
         parts = (tokenizer.encoder, tokenizer.semantic, tokenizer.acoustic)
         tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        moves = (tokenizer.semantic.n_moves, tokenizer.acoustic.n_moves)
+        return [moves, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
 
 class Reconstruction(NamedTuple):

@@ -37,7 +37,7 @@ from codec_training import (
     make_optimizers,
     train_step,
 )
-from command_line import EXIT_CODES_HELP, EXIT_DONE, StopSignals, add_config_flags, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_SIGTERM, StopSignals, add_config_flags, only_run_in, run
 from conversations import load_clips
 from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
@@ -231,7 +231,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     if not ranks.first:
         with StopSignals() as stop:
             stopped = train(run, None, lambda: None, stop)
-        return stop.exit_code if stopped else EXIT_DONE
+        return (stop.exit_code or EXIT_SIGTERM) if stopped else EXIT_DONE  # the signal may be another process's
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     print(
         f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
@@ -242,7 +242,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         stopped = train(run, log, lambda: save_state(out, run.step, run.state()), stop)
     if stopped and run.step < config.max_steps:
         print(f"stopped at step {run.step} of {config.max_steps}, saved; the same command goes on")
-        return stop.exit_code
+        return stop.exit_code or EXIT_SIGTERM
     finish(run, out)
     report(out)
     return EXIT_DONE

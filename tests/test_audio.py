@@ -110,6 +110,32 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, name, message):
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_file_cut_anywhere_is_refused(subtype):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(3.0), SAMPLE_RATE, format="OGG", subtype=subtype)
+    whole = buffer.getvalue()
+    assert len(read_audio(whole)[0]) == 3 * SAMPLE_RATE
+    last_page = whole.rfind(b"OggS")
+    for end in (4, last_page - 1, last_page + 4, last_page + 5, last_page + 20, last_page + 40, len(whole) - 1):
+        with pytest.raises(ValueError, match="truncated"):
+            read_audio(whole[:end])
+
+
+def test_too_short_for_a_sample_at_the_wanted_rate_is_refused(tmp_path):
+    write_wav(tmp_path / "click.wav", tone(1.0)[:1], 96_000)
+    assert read_audio(tmp_path / "click.wav", None)[0].shape == (1,)
+    with pytest.raises(ValueError, match="holds no samples at 24000 Hz"):
+        read_audio(tmp_path / "click.wav")
+
+
+def test_a_wav_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"folder'$"):
+        write_wav(tmp_path / "folder", tone(0.1))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no audio file at .*gone.wav"):
         read_audio(tmp_path / "gone.wav")

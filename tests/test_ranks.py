@@ -180,6 +180,12 @@ def test_a_failing_process_ends_all_with_the_reason(shared_data, tmp_path):
     assert done.returncode != 0 and "must be a multiple of the 2 processes" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["meta", "xpu", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(name):
+    with pytest.raises(ValueError, match=f"device '?{name}"):
+        ranks.pick_device(name)
+
+
 def test_who_asks_for_bf16_where_it_is_slower_is_told_so(monkeypatch, capsys):
     assert 0 < ranks.bf16_speed(torch.device("cpu")) < float("inf")
     for speed in (0.2, 1.5):

@@ -388,7 +388,7 @@ def test_codes_do_not_depend_on_how_the_audio_is_cut():
 
 
 def test_codes_follow_the_weights_after_every_kind_of_change():
-    """The float64 copy is made anew when weights or codebooks have changed in place or were loaded."""
+    """The float64 copy is made anew when weights or codebooks have changed in place, by training, or were loaded."""
     torch.manual_seed(0)
     tokenizer, wave = RVQTokenizer(PRESETS["debug"]), 0.1 * torch.randn(1, 20 * FRAME_SAMPLES)
     tokenizer.semantic.fit(torch.randn(64, 8), 16, torch.Generator())
@@ -397,6 +397,16 @@ def test_codes_follow_the_weights_after_every_kind_of_change():
     with torch.no_grad():
         tokenizer.encoder.content_out[1].weight.neg_()
     assert not torch.equal(tokenizer.encode(wave), before) and tokenizer.exact is not first
+    for stack, latents in zip((tokenizer.semantic, tokenizer.acoustic), tokenizer.latents(wave), strict=True):
+        stack.fit(latents.detach().flatten(0, 1).repeat(4, 1), 16, torch.Generator())
+    before = tokenizer.encode(wave)
+    for _ in range(30):
+        tokenizer.train()(0.3 * torch.randn(1, 20 * FRAME_SAMPLES), torch.tensor([10]), torch.tensor([22]))
+    trained = RVQTokenizer(PRESETS["debug"])
+    trained.load_state_dict(tokenizer.state_dict())
+    codes = tokenizer.encode(wave)
+    assert not torch.equal(codes, before) and torch.equal(codes, trained.encode(wave))
+    assert torch.equal(tokenizer.decode(codes), trained.decode(codes))
     torch.manual_seed(5)
     other = RVQTokenizer(PRESETS["debug"])
     tokenizer.load_state_dict(other.state_dict())
