@@ -312,7 +312,7 @@ def make_optimizers(
         others.append({"params": list(heads.parameters()), "decoder": False, "factor": HEADS_FACTOR})
     return (
         torch.optim.AdamW(others, lr=c.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True),
-        Muon(matrices, lr=2 * c.lr, weight_decay=1e-3, dtype=dtype),  # bears twice the rate of AdamW
+        Muon(matrices, lr=2 * c.lr, weight_decay=1e-3, every=2, dtype=dtype),  # bears twice the rate of AdamW
     )
 
 

@@ -50,7 +50,9 @@ def _factor(gram: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; an update is as large as one of AdamW (arXiv 2502.16982, 2.2).
 
-    So a learning rate means about the same as for AdamW. Parameters must be matrices.
+    So a learning rate means about the same as for AdamW. Parameters must be matrices. With `every` above 1 each one
+    moves in one of so many steps only, so many times as far, and they take turns: all gradients count in the momentum,
+    the orthogonalisation costs a share.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        every: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.every = every
         self.dtype = dtype  # of the orthogonalisation; weights and momentum keep theirs
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"]]
         if any(len(shape) != 2 for shape in shapes):
@@ -71,13 +75,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
+            lr = self.every * group["lr"]
+            for place, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(p)
+                    state["momentum"], state["turn"] = torch.zeros_like(p), place
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                state["turn"] += 1
+                if state["turn"] % self.every:
+                    continue
                 direction = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]), self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.to(p.dtype), alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(direction.to(p.dtype), alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
