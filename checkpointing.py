@@ -7,6 +7,7 @@ and plain values that loads with `weights_only=True`. Knows nothing of which mod
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -66,6 +67,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """The file holds all of `content` or what it held before, also after a crash of the machine."""
     with replacing(path) as file:
         file.write(content)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

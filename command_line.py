@@ -79,6 +79,11 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         return code
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a library says, or what kind of error it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def describe(error: BaseException) -> str:
     """One line for an error; system errors name the file and what to do."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -123,13 +128,17 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold its lock; the system releases it even after kill -9. Raises FolderBusy."""
+def only_run_in(folder: Path, beside: bool = False) -> Iterator[None]:
+    """Create `folder` and hold its lock; the system releases it even after kill -9. Raises FolderBusy.
+
+    With the lock `beside` it, the folder is left to the caller.
+    """
     import filelock
 
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(lock, timeout=0):
             yield
     except filelock.Timeout as error:
         raise FolderBusy(f"another run works in {folder}; wait for it or choose another folder") from error

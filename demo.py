@@ -29,7 +29,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequir
 from generation import SHIPPED, SPEAKING, Sampling, read_speaking
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
-from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
+from spoken_conversations import DTYPES, SCHEMA, SUMMARY, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
@@ -180,7 +180,7 @@ def speak_all(args: argparse.Namespace) -> int:
         results.sort(key=lambda result: result["index"])
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         summary = {"settings": settings, "environment": describe_environment(), "conversations": results}
-        write_atomically(args.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(args.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     print_results(results, args.max_seconds)
     note_training(args.checkpoint)
     failed = sum(result["status"] == "failed" for result in results)
@@ -286,11 +286,20 @@ def typed_lines(talk: Chat) -> Iterator[str]:
     """What is typed or piped in, to its end."""
     with contextlib.suppress(ImportError):  # line editing, where the system has it
         import readline  # noqa: F401 - input() uses it once it is imported
+    warned = False  # a moment earlier Ctrl-C would only have ended the reply
     while True:
         try:
-            yield input(f"{talk.speaker}> " if sys.stdin.isatty() else "")
+            line = input(f"{talk.speaker}> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if warned:
+                raise
+            warned = True
+            talk.say("\n/save FILE keeps the conversation, /quit ends it; so does another Ctrl-C")
+            continue
+        warned = False
+        yield line
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from command_line import MissingRequirement
+from command_line import MissingRequirement, first_line
 from conversation_formats import OVERLAP_S
 from public_speech import WINDOW_SECONDS, stream_rows
 from speech_sources import Recording, Source, Unit, units_of
@@ -78,12 +78,16 @@ def folder_rows(folder: Path) -> Iterator[dict]:
     in_order = [meeting for meeting, _ in itertools.groupby(m for path in files for m in meetings_of(path))]
     if repeated := sorted({meeting for meeting in in_order if in_order.count(meeting) > 1}):
         raise ValueError(f"{folder}: the rows of {repeated[0]} are not together; give unshuffled files of ihm alone")
-    return (
-        row
-        for path in files
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64, columns=list(AMI_COLUMNS))
-        for row in batch.to_pylist()
-    )
+    return (row for path in files for row in rows_of(path))
+
+
+def rows_of(path: Path) -> Iterator[dict]:
+    """ValueError: damaged."""
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64, columns=list(AMI_COLUMNS)):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); download it again") from error
 
 
 def meetings_of(path: Path) -> list[str]:
@@ -109,10 +113,12 @@ def segment_of(row: dict) -> Segment:
     lacking = [name for name in AMI_COLUMNS if row[name] is None and name not in ("audio", "text")]
     if lacking:
         raise ValueError(f"ami: row {row['audio_id']} of meeting {row['meeting_id']} has no {', '.join(lacking)}")
-    begin, end = round(row["begin_time"], 2), round(row["end_time"], 2)
-    return Segment(
-        begin, end, row["audio_id"], row["speaker_id"], row["text"], (row["audio"] or {}).get("bytes") or b""
-    )
+    try:
+        begin, end = round(row["begin_time"], 2), round(row["end_time"], 2)
+        audio = (row["audio"] or {}).get("bytes") or b""
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"ami: times of {row['audio_id']} are no numbers, or its audio no struct of bytes") from error
+    return Segment(begin, end, row["audio_id"], row["speaker_id"], row["text"], audio)
 
 
 def meeting_windows(meeting: str, segments: list[Segment]) -> list[Recording]:

@@ -13,19 +13,19 @@ import argparse
 import dataclasses
 import json
 import os
+import platform
 import random
 from pathlib import Path
 
 from architecture import load_model
 from audio_tokenizer import fingerprint
-from checkpointing import write_atomically
+from checkpointing import file_digest, write_atomically
 from codec_gates import as_values, check_gates, codebook_use, draw_gates, print_gates
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, Several, only_run_in, run
 from conversations import load_clips
 from evaluation_report import (
     collect_warnings,
     drop_old_audio,
-    file_digest,
     model_note,
     print_summary,
     reuse_or_measure,
@@ -222,6 +222,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     shared = {name: value for name, value in dataclasses.asdict(settings).items() if name not in OF_REPLIES}
     shared |= {
         "format": FORMAT,
+        "version": VERSION,
         "tokenizer": fingerprint(tokenizer.config, tokenizer),
         "missing": sorted(tools.missing),
     }
@@ -245,7 +246,8 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     report["model"] = None
     report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
     if model is not None:
-        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device, "version": VERSION}
+        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
+        own["hardware"] = [platform.node(), args.threads]  # what the times depend on
         own["missing"] = sorted({*tools.missing, *conversation_metrics_missing()})
         report["model"] = reuse_or_measure(
             args.out,

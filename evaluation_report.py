@@ -54,15 +54,6 @@ code { background: #f3f4f6; padding: 1px 4px; border-radius: 4px; overflow-wrap:
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def reuse_or_measure(out: Path, name: str, inputs: dict, measure: Callable[[Path], dict]) -> dict:
     """The part `name` as measured from the same inputs before, or `measure(its audio folder)`, kept for the next run.
 

@@ -35,10 +35,11 @@ from tqdm import tqdm
 from audio import SAMPLE_RATE, encode_pcm16, read_audio, write_wav
 from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from conversation_formats import MAIN_SPEAKER, MARGIN_S
 from conversations import SPLITS, Conversation, build_conversations, read_clips
 from rvq_tokenizer import load_tokenizer
+from spoken_conversations import LONGEST_GAP
 from turn_shards import TurnRecord, read_turns
 
 REQUESTS = "conversations.json"
@@ -244,7 +245,7 @@ def write_requests(
             request["audio"] = f"{name}-turn-{index:03d}.wav"
             write_wav(out / request["audio"], read_audio(turn.audio)[0])
         if end is not None and turn.start_s is not None:
-            request["gap_seconds"] = round(max(0.0, turn.start_s - end), 3)
+            request["gap_seconds"] = round(min(LONGEST_GAP, max(0.0, turn.start_s - end)), 3)
         turns.append(request)
         end = turn.end_s
     return [{"id": name, "voices": voices, "turns": turns}]
@@ -303,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.codebooks is not None and (not args.tokenizer or args.codebooks < 1):
         raise ValueError(f"--codebooks {args.codebooks} must be at least 1 and needs --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    count = export(args.data, args.out, args.to, args.split, tokenizer, args.codebooks)
+    with only_run_in(args.out.resolve(), beside=True):
+        count = export(args.data, args.out, args.to, args.split, tokenizer, args.codebooks)
     print(f"{count} conversations in {args.out / INDEX[args.to]}")
     return EXIT_DONE
 

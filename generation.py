@@ -31,6 +31,7 @@ from model_sizes import CSMConfig
 from prosody import prosody_features
 from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length, turn_prompt, turn_text
 
+COLDEST = 1e-3  # temperature that is told from 0: logits divided by less overflow
 SPEAKING = "speaking.json"  # beside the weights of a voice
 SHIPPED = Path("pretrained/nano")  # the voice of this repository, with its tokenizer
 
@@ -51,15 +52,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "text_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+            if getattr(self, name) != 0 and not COLDEST <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0, for the likeliest, or {COLDEST} or more")
         for name in ("top_k", "text_top_k", "max_text_ids", "codebooks"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie between 0 and 1")
-        if self.max_seconds < 1 / FRAME_RATE:
-            raise ValueError(f"max_seconds={self.max_seconds} must be at least one frame, {1 / FRAME_RATE} s")
+        if not 1 / FRAME_RATE <= self.max_seconds < math.inf:
+            raise ValueError(f"max_seconds={self.max_seconds} must be finite and at least a frame, {1 / FRAME_RATE} s")
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise ValueError(f"min_seconds={self.min_seconds} must lie between 0 and max_seconds={self.max_seconds}")
 

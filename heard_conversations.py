@@ -59,7 +59,7 @@ from speech_metrics import (
     require_speech,
 )
 
-VERSION = 7  # of what the metrics mean; values that were kept under another one are measured anew
+VERSION = 8  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
 LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between

@@ -16,7 +16,7 @@ import torch
 import torchaudio.functional as AF
 
 from audio import SAMPLE_RATE
-from command_line import MissingRequirement
+from command_line import MissingRequirement, first_line
 from speech_metrics import Metric, require_speech
 
 RATE = 16000  # Hz, of all
@@ -83,7 +83,7 @@ def loading(flag: str, kind: str) -> Iterator[None]:
         raise MissingRequirement(f"{flag} needs transformers: pip install transformers") from error
     except Exception as error:  # hub, network and file errors come in many types
         raise MissingRequirement(
-            f"{flag}: no {kind} to be had there ({str(error).splitlines()[0]}); give the folder of a downloaded one"
+            f"{flag}: no {kind} to be had there ({first_line(error)}); give the folder of a downloaded one"
         ) from error
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import soundfile
 
-from command_line import MissingRequirement
+from command_line import MissingRequirement, first_line
 from speech_sources import Recording, Source, Unit, units_of
 
 WINDOW_SECONDS = 110.0  # of a monologue: what fits into the context of a speech model
@@ -94,7 +94,7 @@ def read_transcripts(path: Path) -> list[Utterance]:
     """Lines `ID TEXT` of a chapter of LibriSpeech."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
-    subset = path.parents[2].name
+    subset = path.resolve().parents[2].name
     return [Utterance(p[0], path.with_name(f"{p[0]}.flac"), p[1] if len(p) > 1 else "", subset) for p in pairs]
 
 
@@ -102,7 +102,7 @@ def read_normalized(path: Path) -> Utterance:
     """One utterance of LibriTTS-R; the audio lies beside its text."""
     name = path.name.removesuffix(".normalized.txt")
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    return Utterance(name, path.with_name(f"{name}.wav"), text, path.parents[2].name)
+    return Utterance(name, path.with_name(f"{name}.wav"), text, path.resolve().parents[2].name)
 
 
 def hub_units(name: str, seed: int, done: set[str]) -> Iterator[Unit]:
@@ -124,7 +124,7 @@ def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterat
     import datasets
 
     def unreachable(error: Exception) -> MissingRequirement:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return MissingRequirement(f"{name} cannot be read from the Hugging Face hub ({reason}); {remedy}")
 
     try:

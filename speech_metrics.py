@@ -25,7 +25,7 @@ import torch
 
 from audio import SAMPLE_RATE, at_level, resample, rms_dbfs
 from codec_losses import FLOOR, SCALES, SpectralDistance
-from command_line import MissingRequirement
+from command_line import MissingRequirement, first_line
 
 EVALUATION_PACKAGES = "python setup_environment.py --extras eval"
 ASR_RATE = 16_000  # Hz, of the recogniser, of PESQ wide band and of the speaker encoder
@@ -462,7 +462,7 @@ class Recognizer:
             self._model = WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=1)
         except Exception as error:  # hub, network and file errors come in many types
             raise MissingRequirement(
-                f"the recogniser {name!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"the recogniser {name!r} could not be loaded ({type(error).__name__}: {first_line(error)}); "
                 "--asr bundled needs no network"
             ) from error
         finally:

@@ -35,9 +35,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from audio import FRAME_RATE, SAMPLE_RATE, read_audio, to_pcm16
+from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, read_audio, to_pcm16
 from command_line import describe, exit_code_of
 from conversations import choose_clip, loudness_gains, read_clips
 from frames import Turn
@@ -269,9 +270,10 @@ async def pcm_of(job: Job) -> AsyncIterator[bytes]:
 
 
 def encoded(pcm: bytes, container: str) -> bytes:
-    """A whole file."""
+    """A whole file; a frame of silence where there is nothing, as a file without samples is none."""
     file = io.BytesIO()
-    soundfile.write(file, np.frombuffer(pcm, "<i2"), SAMPLE_RATE, format=container.upper())
+    samples = np.frombuffer(pcm or bytes(2 * FRAME_SAMPLES), "<i2")
+    soundfile.write(file, samples, SAMPLE_RATE, format=container.upper())
     return file.getvalue()
 
 
@@ -409,6 +411,10 @@ def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy):
         return failure(429, str(error))
+
+    @app.exception_handler(ClientDisconnect)  # while he still sent his voice
+    async def gone(request: Request, error: ClientDisconnect):
+        return Response(status_code=499)
 
     @app.exception_handler(Exception)
     async def wrong(request: Request, error: Exception):

@@ -101,7 +101,7 @@ def sort_results(results: Iterable[TurnRecord | Reject]) -> UnitResult:
 def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[str]) -> list[Unit]:
     """One unit a conversation, in an order drawn from `seed`, without those that are done."""
     conversations: dict[str, list[Recording]] = {}
-    for recording in recordings:
+    for recording in map(in_utf8, recordings):
         conversations.setdefault(recording.conversation, []).append(recording)
     units = []
     for name, turns in conversations.items():
@@ -113,6 +113,14 @@ def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[
         if unit_id not in done:
             units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns), name))
     return sorted(units, key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
+
+
+def in_utf8(recording: Recording) -> Recording:
+    """With bytes of names that are no UTF-8 written out, and without halves of characters in the text."""
+    names = ("name", "conversation", "group", "speaker")
+    changed = {name: getattr(recording, name).encode(errors="backslashreplace").decode() for name in names}
+    text = recording.text if recording.text is None else recording.text.encode(errors="ignore").decode()
+    return dataclasses.replace(recording, text=text, **changed)
 
 
 def size_of(audio: Path | bytes) -> int:
@@ -144,16 +152,18 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
     if turn.seconds is not None and abs(found - turn.seconds) > max(0.1, 0.02 * turn.seconds):
         detail = f"{found:.2f} s, its publisher says {turn.seconds:.2f} s"
         return Reject(utt_id=utt_id, reason="wrong_length", detail=detail)
+    start = turn.start
     if turn.span is None and not turn.trimmed:
-        samples = synthetic_voices.trim_silence(samples, rate)
+        spoken = synthetic_voices.where_spoken(samples, rate)
+        samples, start = samples[spoken], None if start is None else start + spoken.start / rate
     facts = {
         "utt_id": utt_id,
         "source": source,
         "split_group": f"{source}:{turn.group or turn.conversation}",
         "conv_key": f"{source}:{turn.conversation}",
         "turn_index": turn.turn_index,
-        "start_s": turn.start,
-        "end_s": None if turn.start is None else turn.start + len(samples) / rate,
+        "start_s": start,
+        "end_s": None if start is None else start + len(samples) / rate,
         "speaker_id": f"{source}:{turn.speaker}",
         "lang": turn.language,
         "style": turn.style,
@@ -387,9 +397,18 @@ def read_in_groups(
 
 
 def read_sentences(path: Path) -> list[str]:
-    """The lines of a UTF-8 text that can be read aloud as they stand, each once. ValueError: not UTF-8."""
-    lines = (line.strip() for line in read_utf8(path).splitlines())
-    return list(dict.fromkeys(line for line in lines if can_be_read(line)))
+    """The lines of a UTF-8 text that can be read aloud as they stand, each once; says how many cannot.
+
+    ValueError: not UTF-8.
+    """
+    lines = list(dict.fromkeys(line.strip().replace("\u2019", "'") for line in read_utf8(path).splitlines()))
+    unread = [line for line in lines if line and not can_be_read(line)]
+    if unread:
+        print(
+            f"{path}: {len(unread)} of {len(lines)} lines left out, not {MIN_WORDS} to {MAX_WORDS} words in plain "
+            f"English letters; the first: {unread[0][:80]!r}"
+        )
+    return [line for line in lines if can_be_read(line)]
 
 
 def read_wordnet(folder: Path) -> list[str]:
@@ -497,7 +516,10 @@ def read_manifest(path: Path) -> list[Recording]:
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(content, newline=""))
         try:
-            rows = [(reader.line_num, row) for row in reader]
+            for row in reader:
+                if None in row:
+                    problems.append(f"line {reader.line_num}: more fields than columns; a comma in a text needs quotes")
+                rows.append((reader.line_num, row))
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: {error}") from error
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ import torch
 from architecture import load_model
 from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
 from audio_tokenizer import AudioTokenizer
-from checkpointing import write_atomically
+from checkpointing import file_digest, write_atomically
 from command_line import EXIT_INPUT, describe, exit_code_of
 from fine_tuning import find_weights
 from generation import Conversation, Reply, Sampling
@@ -37,6 +38,8 @@ from spoken_text import read_aloud, split_text
 from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
 from weight_layouts import is_ours, load_published
 
+SUMMARY = "summary.json"  # of a batch, beside the folders of its conversations
+LONGEST_GAP = 600.0  # seconds between two turns that can be asked for
 GAP_SECONDS = 0.3  # of silence between two turns of a conversation's file, unless a turn asks for another
 CSM_1B = "sesame/csm-1b"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,7 +55,12 @@ TURN = {
         "speaker": {"type": "integer", "minimum": 0, "maximum": 99},
         "text": TEXT,
         "audio": AUDIO,
-        "gap_seconds": {"type": "number", "minimum": 0, "maximum": 600, "description": "of silence before the turn"},
+        "gap_seconds": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": LONGEST_GAP,
+            "description": "of silence before the turn",
+        },
     },
     "description": "text: is spoken; audio and text: was heard; audio: is written down; neither: the model answers",
 }
@@ -76,7 +84,7 @@ CONVERSATION = {
             },
             "description": "speaker -> a clip that he is to sound like, and what is said in it",
         },
-        "turns": {"type": "array", "minItems": 1, "maxItems": 1000, "items": TURN},
+        "turns": {"type": "array", "minItems": 1, "maxItems": 10_000, "items": TURN},
     },
 }
 SCHEMA = {  # of a file of requests; each conversation is checked alone, so that one that is wrong spoils no other
@@ -125,8 +133,15 @@ class Voice:
         for name in ("checkpoint", "tokenizer"):
             weights = Path(getattr(self, name)) / "model.safetensors"
             if weights.is_file():
-                facts[f"{name}_bytes_and_time"] = [weights.stat().st_size, weights.stat().st_mtime_ns]
+                now = weights.stat()
+                facts[f"{name}_digest"] = digest_of(weights, now.st_size, now.st_mtime_ns)
         return facts
+
+
+@functools.cache
+def digest_of(path: Path, size: int, time_ns: int) -> str:
+    """Of a file as it was then: one that was written anew with the same content changes nothing."""
+    return file_digest(path)
 
 
 class Engine(NamedTuple):
@@ -176,12 +191,12 @@ def read_requests(path: Path) -> tuple[list[Request], list[dict]]:
     draft = jsonschema.Draft202012Validator
     types = draft.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)  # the draft takes 3.0 for one
     checker = jsonschema.validators.extend(draft, type_checker=types)(CONVERSATION)
-    requests, failures, names = [], [], set()
+    requests, failures, names = [], [], {SUMMARY}
     for index, item in enumerate(items):
         name = item.get("id", f"{index:04d}") if isinstance(item, dict) else f"{index:04d}"
         problems = [problem(error) for error in checker.iter_errors(item)]
         if not problems and name.lower() in names:  # file systems may not tell a from A
-            problems = [f"id {name!r} is that of an earlier conversation too"]
+            problems = [f"id {name!r} is that of an earlier conversation too, or of the summary"]
         if problems:
             failures.append(failure(index, str(name), "; ".join(problems[:3])))
         else:
@@ -221,8 +236,8 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
     folder, head = out / request.id, {"index": request.index, "id": request.id}
     try:
         want = wanted(request, voice)
-    except OSError as error:
-        return failure_or_raise(request, error)
+    except (OSError, ValueError) as error:  # a clip that cannot be read, or whose name no file can have
+        return failure(request.index, request.id, describe(error))
     if (kept := kept_result(folder, want)) is not None:
         return {**head, "status": "kept", **kept}
     loaded = engine()
@@ -252,7 +267,7 @@ def failure_or_raise(request: Request, error: Exception) -> dict:
 def clear(folder: Path) -> None:
     """Delete what an earlier run left. ValueError, and nothing deleted, where anything else lies there."""
     own = [path for pattern in ("conversation.wav*", "turn-*.wav*", "result.json*") for path in folder.glob(pattern)]
-    others = sorted({path.name for path in folder.glob("*")} - {path.name for path in own})
+    others = sorted({path.name for path in folder.glob("[!.]*")} - {path.name for path in own})
     if others:
         raise ValueError(f"{folder} holds {others[0]}, which no batch wrote; choose another id or another --out")
     for path in own:
@@ -263,7 +278,9 @@ def kept_result(folder: Path, want: dict) -> dict | None:
     """What was made of the same before."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if {name: found[name] for name in want} == want and (folder / "conversation.wav").is_file():
+        files = [folder / Path(turn["file"]).name for turn in found["turns"] if turn.get("file")]
+        whole = all(file.is_file() for file in (folder / "conversation.wav", *files))
+        if whole and {name: found[name] for name in want} == want:
             return {"turns": found["turns"], "notices": found["notices"]}
     return None
 

@@ -382,15 +382,20 @@ def _timbre_db(hz: np.ndarray, speaker: Speaker, style: Style) -> np.ndarray:
 
 
 def trim_silence(samples: np.ndarray, rate: int, margin_s: float = 0.1) -> np.ndarray:
-    """Cut both ends where 10 ms levels lie 45 dB under the loudest, leaving `margin_s`."""
+    """Without both ends, where 10 ms levels lie 45 dB under the loudest; `margin_s` of them is left."""
+    return samples[where_spoken(samples, rate, margin_s)]
+
+
+def where_spoken(samples: np.ndarray, rate: int, margin_s: float = 0.1) -> slice:
+    """What `trim_silence` leaves."""
     hop = rate // 100
     frames = samples[: len(samples) // hop * hop].reshape(-1, hop)
     power = np.mean(np.square(frames, dtype=np.float64), axis=1)
     loud = np.flatnonzero(power > power.max(initial=0.0) * 10**-4.5)
     if not len(loud):
-        return samples
+        return slice(0, len(samples))
     margin = int(margin_s * rate)
-    return samples[max(0, loud[0] * hop - margin) : (loud[-1] + 1) * hop + margin]
+    return slice(max(0, int(loud[0]) * hop - margin), (int(loud[-1]) + 1) * hop + margin)
 
 
 def set_loudness(samples: np.ndarray, rate: int, lufs: float) -> np.ndarray:

@@ -67,7 +67,7 @@ OF_TIMES = tuple(TIMES.values())  # that the system itself wrote down
 FLIPS = 10_000  # of the signs of the differences
 ALL_SIGNS = 13  # differences up to which all signs are tried
 SURE = 0.05  # p, corrected, below which a difference is told from chance
-RESULT = "result.json"  # of a conversation of a batch
+RESULT, SUMMARY = "result.json", "summary.json"  # of a conversation of a batch, and of all of it
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
@@ -92,7 +92,8 @@ class System:
 def read_system(name: str, path: Path) -> System:
     """ValueError if none of it can be read; single bad files are named in `refused`."""
     conversations: Conversations = {}
-    refused, places, torn = [], set(), set()
+    refused = [f"{name}: the batch failed to speak it: {reason}" for name, reason in failures_of(path).items()]
+    places, torn = set(), set()
     for recording in sorted(recordings_of(path), key=lambda r: (r.conversation, r.turn_index)):
         name_said, text = name_of(recording), (recording.text or "").strip()
         turns = conversations.setdefault(name_said, [])
@@ -133,13 +134,15 @@ def recordings_of(path: Path) -> list[Recording]:
 
     A turn in which a system said nothing has no bytes of audio.
     """
-    results = sorted(path.glob(f"*/{RESULT}"))
+    failed = failures_of(path)  # what lies there of them is older
+    results = [result for result in sorted(path.glob(f"*/{RESULT}")) if result.parent.name not in failed]
     if not results or (path / "manifest.jsonl").is_file():
         return read_recordings(path)
     recordings = []
     for result in results:
         try:
             content = json.loads(result.read_text(encoding="utf-8"))
+            asked = [turn.get("text") for turn in content["request"]["turns"]]  # as written, not as it is read aloud
             for index, turn in enumerate(content["turns"]):
                 if "file" in turn:  # else it was only heard
                     file = turn["file"]  # None: nothing was said
@@ -147,12 +150,22 @@ def recordings_of(path: Path) -> list[Recording]:
                     place["name"] = file or f"{result.parent.name}, turn {index}"
                     place["facts"] = tuple((ours, turn.get(theirs)) for theirs, ours in TIMES.items())
                     audio = result.with_name(Path(file).name) if file else b""
-                    if not isinstance(turn["text"], str) or not all(is_seconds(value) for _, value in place["facts"]):
+                    text = asked[index] or turn["text"]
+                    if not isinstance(text, str) or not all(is_seconds(value) for _, value in place["facts"]):
                         raise TypeError(f"turn {index} has no text, or times that are no numbers")
-                    recordings.append(Recording(audio=audio, text=turn["text"], speaker=str(turn["speaker"]), **place))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    recordings.append(Recording(audio=audio, text=text, speaker=str(turn["speaker"]), **place))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{result} is not what demo.py --mode batch writes: {error}") from error
     return recordings
+
+
+def failures_of(path: Path) -> dict[str, str]:
+    """The conversations that the last batch in this folder failed to speak, and why; none where there was no batch."""
+    try:
+        told = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["conversations"]
+        return {str(each["id"]): str(each["reason"]) for each in told if each["status"] == "failed"}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def is_seconds(value: object) -> bool:
@@ -457,7 +470,7 @@ def page(title: str, body: str) -> str:
 
 
 def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list[str]:
-    """A bar of every system for every metric, and spectrograms of the first turn; paths relative to the page."""
+    """A bar of every system for every metric, and spectrograms of one turn; paths relative to the page."""
     (out / "plots").mkdir(exist_ok=True)
     colours = ["#4b5563", "#dc2626", "#2563eb", "#059669", "#d97706", "#7c3aed"]
     made = []
@@ -469,9 +482,9 @@ def draw_comparison(out: Path, systems: Sequence[System], figures: dict) -> list
             plot_bars(rows, f"{about.title}, {about.unit}; better: {about.better}", out / made[-1])
     figure = matplotlib.figure.Figure(figsize=(11, 2.8))
     axes = figure.subplots(1, len(systems), sharey=True, squeeze=False)[0]
-    name, turns = next(iter(systems[0].conversations.items()))
+    name, turns = next(iter(systems[0].conversations.items()))  # its last turn, the first of those that are played
     for axis, system in zip(axes, systems, strict=True):
-        samples = audible(counterpart(system, name, turns[0]))
+        samples = audible(last_of(system, name, turns[-1]))
         hiss = np.random.default_rng(0).normal(0, 1e-6, len(samples))  # below what is drawn; silence has no logarithm
         axis.specgram(samples + hiss, NFFT=1024, Fs=SAMPLE_RATE, noverlap=768, vmin=-140, vmax=-40, cmap="magma")
         axis.set(title=system.name, xlabel="s")
@@ -483,6 +496,11 @@ def counterpart(system: System, name: str, wanted: Turn) -> Turn | None:
     """What the system says of a turn of the reference; None where it lacks it."""
     words = words_of(wanted.text)
     return next((turn for turn in system.conversations.get(name, []) if words_of(turn.text) == words), None)
+
+
+def last_of(system: System, name: str, wanted: Turn) -> Turn | None:
+    """What it says of the last turn; where it has words of its own, its own last turn."""
+    return counterpart(system, name, wanted) or next(reversed(system.conversations.get(name, [])), None)
 
 
 def audible(turn: Turn | None) -> np.ndarray:
@@ -499,12 +517,13 @@ def players(out: Path, systems: Sequence[System]) -> str:
         wanted = systems[0].conversations[name][-1]
         cells = [html.escape(f"{name}: {wanted.text}")]
         for number, system in enumerate(systems):
-            turn = counterpart(system, name, wanted)
+            turn = last_of(system, name, wanted)
             if turn is None:
                 cells.append("nothing said")
                 continue
             write_wav(folder / f"{place}-{number}.wav", audible(turn))
-            cells.append(f'<audio controls preload="none" src="audio/{place}-{number}.wav"></audio>')
+            own = "" if words_of(turn.text) == words_of(wanted.text) else f"<br>{html.escape(turn.text)}"
+            cells.append(f'<audio controls preload="none" src="audio/{place}-{number}.wav"></audio>{own}')
         rows.append(cells)
     return table(["last turn of", *(system.name for system in systems)], rows)
 

@@ -93,6 +93,8 @@ class Chat:
                 with warnings.catch_warnings(record=True) as notices:
                     warnings.simplefilter("always")
                     self.take(line.strip())
+            except KeyboardInterrupt:
+                self.say("stopped")
             except Exception as error:
                 if exit_code_of(error) is None:
                     raise

@@ -24,7 +24,7 @@ from audio import SAMPLE_RATE, read_audio
 from audio_tokenizer import AudioTokenizer
 from conversations import PEAK_DBFS, TARGET_LUFS, loudness_gains
 from prosody import prosody_features
-from turn_shards import LedgerEntry, cut_torn_line, read_turns, whole_shards
+from turn_shards import LedgerEntry, cut_torn_line, read_turns, refuse_damaged, whole_shards
 
 TOKEN_SCHEMA = 3
 CODE = np.dtype("<u2")
@@ -131,6 +131,7 @@ def append_shard(
 
     All is on disk when this returns.
     """
+    refuse_damaged(data_dir, entry)
     ids, codes, prosody = [], [], []
     for turn in read_turns(data_dir, True, [entry]):
         samples = read_audio(turn.audio)[0] * np.float32(gains[turn.utt_id])

@@ -22,7 +22,7 @@ import torch
 
 from architecture import CSM
 from audio_tokenizer import AudioTokenizer
-from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, only_run_in, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, first_line, only_run_in, run
 from fine_tuning import add_lora, start_from
 from generation import Sampling
 from model_sizes import PRESETS, CSMConfig
@@ -201,7 +201,7 @@ def mirror_to_wandb(project: str, folder: Path) -> None:
     try:
         wandb.init(**settings, sync_tensorboard=True)
     except Exception as error:  # its client raises types of its own and of its transport
-        raise MissingRequirement(f"Weights & Biases refused: {str(error).splitlines()[0]}") from error
+        raise MissingRequirement(f"Weights & Biases refused: {first_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,16 @@ from codec_training import (
     make_optimizers,
     train_step,
 )
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_SIGTERM, StopSignals, add_config_flags, only_run_in, run
+from command_line import (
+    EXIT_CODES_HELP,
+    EXIT_DONE,
+    EXIT_SIGTERM,
+    StopSignals,
+    add_config_flags,
+    first_line,
+    only_run_in,
+    run,
+)
 from conversations import load_clips
 from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
@@ -226,8 +235,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         try:
             run.restore(state)
         except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{out} holds the state of another version ({reason}); give another --out") from error
+            what = f"holds the state of another version ({first_line(error)}); give another --out"
+            raise ValueError(f"{out} {what}") from error
     if not ranks.first:
         with StopSignals() as stop:
             stopped = train(run, None, lambda: None, stop)

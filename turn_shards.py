@@ -33,6 +33,7 @@ import pyarrow.parquet
 
 from audio import encode_pcm16, loudness_lufs, rms_dbfs, to_pcm16
 from checkpointing import write_atomically
+from command_line import first_line
 
 SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
 PARTS = "part-*-of-*"  # folders in a collection that several processes filled
@@ -423,15 +424,17 @@ def _tables(folder: Path, entries: list[LedgerEntry], columns: list[str]) -> Ite
     for entry in entries:
         if entry.path is None:
             continue
-        remedy = f"mend with: python collect_data.py --verify --out {folder}"
+        remedy = remedy_of(folder)
         if not (folder / entry.path).is_file():
             raise FileNotFoundError(f"shard {folder / entry.path} is listed but gone; {remedy}")
         try:
             with pyarrow.parquet.ParquetFile(folder / entry.path) as file:
                 there = [name for name in columns if name in file.schema_arrow.names]  # older shards have fewer
-                yield file.read(columns=there, use_threads=False)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"shard {folder / entry.path} is damaged ({error}); {remedy}") from error
+                table = file.read(columns=there, use_threads=False)
+                table.validate(full=True)  # texts are UTF-8
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"shard {folder / entry.path} is damaged ({first_line(error)}); {remedy}") from error
+        yield table
 
 
 def _write_shard(folder: Path, entry: LedgerEntry, turns: list[TurnRecord]) -> LedgerEntry:
@@ -470,6 +473,16 @@ def _check_shard(path: Path, rows: int) -> None:
     found = pyarrow.parquet.read_metadata(path).num_rows
     if found != rows:
         raise ValueError(f"{path} holds {found} rows, {rows} were written")
+
+
+def refuse_damaged(folder: Path, entry: LedgerEntry) -> None:
+    """ValueError: a shard is not what was written. Single flipped bits can be read as another text."""
+    if problem := _damage(folder, entry):
+        raise ValueError(f"shard {folder / entry.path} {problem}; {remedy_of(folder)}")
+
+
+def remedy_of(folder: Path) -> str:
+    return f"mend with: python collect_data.py --verify --out {folder}"
 
 
 def _damage(folder: Path, entry: LedgerEntry) -> str | None:

@@ -1,6 +1,7 @@
 import collections
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
@@ -252,6 +253,60 @@ def test_turns_with_the_same_index_in_one_conversation_keep_ids_of_their_own(tmp
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert collect(tmp_path / "out", tmp_path / "m.jsonl") == EXIT_DONE
     assert_whole(tmp_path / "out", 3)
+
+
+def test_a_comma_in_a_text_without_quotes_is_refused_and_not_cut_off(tmp_path, capsys):
+    recording(tmp_path, "a", 1)
+    (tmp_path / "m.csv").write_text("audio,text\na.wav,I am fine, and how about you\n", encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "m.csv") == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "line 2: more fields than columns; a comma in a text needs quotes" in error and error.count("\n") == 1
+
+
+def test_times_are_those_of_what_is_left_when_silence_was_cut(tmp_path):
+    pause = np.zeros(RATE, dtype=np.float32)
+    spoken = voice_like(1)
+    (tmp_path / "in").mkdir()
+    write_wav(tmp_path / "in" / "a.wav", np.concatenate([pause, spoken, pause]), RATE)
+    row = {"audio": "a.wav", "text": TEXT, "start": 10.0}
+    (tmp_path / "in" / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    (turn,) = read_turns(tmp_path / "out", with_audio=False)
+    assert turn.start_s == pytest.approx(10.9, abs=0.05)  # 0.1 s of the pause is left
+    assert turn.end_s - turn.start_s == pytest.approx(turn.duration_s, abs=1e-3)
+
+
+def test_names_and_texts_that_are_no_utf8_stop_nothing(tmp_path):
+    recordings(tmp_path, 2)
+    strange = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    strange.write_bytes((tmp_path / "clip000.wav").read_bytes())
+    write_wav(tmp_path / "other.wav", voice_like(7), RATE)
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text(TEXT, encoding="utf-8")
+    (tmp_path / "clip000.wav").unlink()
+    assert collect(tmp_path / "out", tmp_path) == EXIT_PARTIAL  # two clips have no transcript
+    assert len(ids(tmp_path / "out")) == 2
+    (tmp_path / "m.jsonl").write_text('{"audio": "other.wav", "text": "Nice \\ud83d words."}', encoding="utf-8")
+    assert collect(tmp_path / "more", tmp_path / "m.jsonl") == EXIT_DONE
+    assert [turn.text for turn in read_turns(tmp_path / "more", with_audio=False)] == ["Nice words."]
+
+
+def test_a_source_that_cannot_be_read_on_keeps_what_it_gave_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """As pyarrow, whose errors of damaged files are those of the system."""
+    recordings(tmp_path / "in", 3)
+
+    def tearing(*given):
+        source = local_source(*given)
+        return replace(source, units=itertools.chain(itertools.islice(source.units, 2), failing()))
+
+    def failing():
+        raise OSError("TProtocolException: Invalid data\nDeserialization failed")
+        yield
+
+    local_source = collect_data.local_source
+    monkeypatch.setattr(collect_data, "local_source", tearing)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_PARTIAL
+    assert len(ids(tmp_path / "out")) == 2
+    assert "Invalid data" in capsys.readouterr().out
 
 
 def test_wrong_csv_columns_are_named(tmp_path, capsys):
@@ -571,7 +626,9 @@ def test_sentences_are_read_once_each_by_the_voices_named(tmp_path, capsys):
         assert sorted(turn.text.lower() for turn in turns) == sorted(texts)
         facts = {(turn.speaker_id, turn.license, turn.redistributable) for turn in turns}
         assert facts == {("synthetic:adam", licence, given.is_dir())}
-        assert "target not reached" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "target not reached" in said
+        assert ("3 of 6 lines left out" in said and "'room 12 is free'" in said) == given.is_file()
     everything = [*flags, str(tmp_path / "all"), "--local", f"sentences={tmp_path / 'lines.txt'}"]
     assert run(main, everything) == EXIT_DONE  # a file has an end
     assert run(main, [*flags, str(tmp_path / "no"), "--local", f"sentences={tmp_path}"]) == EXIT_MISSING

@@ -21,6 +21,7 @@ from command_line import (
     MissingRequirement,
     Several,
     StopSignals,
+    first_line,
     only_run_in,
     run,
 )
@@ -50,6 +51,11 @@ def test_what_a_user_can_mend_is_one_line_and_a_code(capsys, error, code, said):
     out = capsys.readouterr()
     assert out.err.startswith(f"error: {said}")
     assert out.err.count("\n") == 1
+
+
+def test_the_first_line_of_an_error_that_says_nothing_is_its_kind():
+    assert first_line(TimeoutError()) == "TimeoutError"
+    assert first_line(ValueError("one\ntwo")) == "one"
 
 
 def test_our_own_mistakes_keep_their_traceback():
@@ -90,6 +96,13 @@ def test_a_folder_holds_one_run_and_is_free_after_a_kill(tmp_path):
     process.stdout.close()
     with only_run_in(tmp_path / "new" / "folder"):
         pass
+
+
+def test_a_lock_beside_a_folder_leaves_the_folder_alone(tmp_path):
+    with only_run_in(tmp_path / "deep" / "out", beside=True):
+        assert not (tmp_path / "deep" / "out").exists()
+        with pytest.raises(FolderBusy, match="out; wait"), only_run_in(tmp_path / "deep" / "out", beside=True):
+            pass
 
 
 @pytest.mark.parametrize("default", [None, [], ["other"]])

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 
+import jsonschema
 import numpy as np
 import pytest
 import soundfile
@@ -14,6 +15,7 @@ from conftest import tiny_tokenizer, turn_record, voice, write_tiny_data
 
 import collect_data
 import export_conversations
+import spoken_conversations
 from audio import read_audio
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, EXIT_STORAGE, run
 from conversation_formats import Word, recordings_of_csm, recordings_of_moshi, turns_of
@@ -475,6 +477,16 @@ def test_a_batch_holds_the_texts_and_a_clip_of_every_speaker_from_elsewhere(data
     for request, clip in shown:
         assert clip["text"] not in texts[request.id]
         assert len(read_audio(tmp_path / "out" / clip["audio"])[0]) > 0
+
+
+def test_the_longest_silences_of_a_meeting_are_shortened_to_what_can_be_asked_for(data, tmp_path):
+    one = next(c for c in conversations(data, "train") if len(c.turns) > 1)
+    early = dataclasses.replace(one.turns[0], start_s=0.0, end_s=1.0)
+    late = dataclasses.replace(one.turns[1], start_s=5_000.0, end_s=5_001.0)
+    pair = dataclasses.replace(one, turns=(early, late), speakers=one.speakers[:2])
+    (request,) = export_conversations.write_requests(tmp_path, "meeting", pair, {}, {}, answered=False)
+    assert request["turns"][1]["gap_seconds"] == spoken_conversations.LONGEST_GAP
+    jsonschema.validate({"conversations": [request]}, spoken_conversations.SCHEMA)
 
 
 def test_replies_are_left_to_who_speaks_second_and_the_others_are_heard(data, tmp_path, capsys):

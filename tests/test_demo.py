@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from conftest import full_model, tiny_model, voice
 
 import demo
 import spoken_conversations
 import terminal_chat
-from architecture import save_model
+from architecture import load_model, save_model
 from audio import SAMPLE_RATE, read_audio, write_wav
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_PARTIAL, EXIT_STORAGE, run
 from generation import Sampling
@@ -117,6 +119,9 @@ BAD = [
     ({"turns": [{"speaker": 0, "text": "x" * 20_001}]}, "turns/0/text"),
     ({"turns": [{"speaker": 0, "text": "?!"}]}, "turn 1: text '?!' holds no letter"),
     ({"turns": [{"speaker": 0, "audio": "nowhere.wav", "text": "x"}]}, "nowhere.wav"),
+    ({"turns": [{"speaker": 0, "audio": "\0.wav", "text": "x"}]}, "null"),
+    ({"turns": [{"speaker": 0, "audio": "\ud800.wav", "text": "x"}]}, "encode"),
+    (spoken(id="Summary.json"), "or of the summary"),
     ({"turns": [{"speaker": 0, "audio": "conversations.json", "text": "x"}]}, "turn 1: "),
     ({"turns": [{"speaker": 1.0, "text": "Who?"}]}, "turns/0/speaker: 1.0 is not of type 'integer'"),
     ({"turns": [{"speaker": True, "text": "Who?"}]}, "turns/0/speaker: True is not of type 'integer'"),
@@ -196,7 +201,27 @@ def test_what_lies_there_is_kept_and_what_changed_is_made_anew(flags, clip, tmp_
     (out / "two" / "result.json").write_text("{")  # torn
     (out / "two" / "turn-0-speaker-0.wav.partial").write_bytes(b"RI")  # the disk was full
     assert run(demo.main, flags(asked, temperature=0.5)) == EXIT_DONE
-    assert [result["status"] for result in summary(out)] == ["kept", "done", "kept"]
+    (out / "one" / ".DS_Store").touch()  # a file browser was there
+    next((out / "one").glob("turn-*.wav")).unlink()
+    assert run(demo.main, flags(asked, temperature=0.5)) == EXIT_DONE
+    assert [result["status"] for result in summary(out)] == ["done", "kept", "kept"]
+
+
+def test_weights_written_anew_change_nothing_others_do(flags, checkpoints, tmp_path):
+    asked, out = flags([spoken()]), tmp_path / "out"
+    own = shutil.copytree(checkpoints["full"], tmp_path / "own")
+    asked[asked.index("--checkpoint") + 1] = str(own)
+    for status in ("done", "kept"):
+        assert run(demo.main, asked) == EXIT_DONE
+        assert [result["status"] for result in summary(out)] == [status]
+        weights = (own / "model.safetensors").read_bytes()
+        (own / "model.safetensors").write_bytes(weights)
+    model = load_model(own)
+    with torch.no_grad():
+        model.codebook0_head.weight.mul_(0.5)
+    save_model(model, own)
+    assert run(demo.main, asked) == EXIT_DONE
+    assert [result["status"] for result in summary(out)] == ["done"]
 
 
 def test_a_folder_of_something_else_is_left_alone(flags, tmp_path):
@@ -419,6 +444,34 @@ def test_ctrl_c_interrupts_the_speaker_and_what_was_said_is_kept(chat, monkeypat
     assert 0 < n_frames < 200
     talk.run(iter(["/reset", "/help"]))
     assert said[-1] == terminal_chat.HELP
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat_at_the_second_time_only(chat, monkeypatch):
+    """A moment earlier it would have interrupted the speaker."""
+    talk, said = chat("plain")
+    typed = iter([KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt])
+
+    def answer(prompt):
+        if (line := next(typed)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(KeyboardInterrupt):
+        talk.run(demo.typed_lines(talk))
+    assert [said[0], said[2]] == [said[0]] * 2 and "/save FILE keeps the conversation" in said[0]
+    assert said[1] == terminal_chat.HELP and not list(typed)
+
+
+def test_ctrl_c_while_something_is_heard_stops_that_alone(chat, monkeypatch):
+    talk, said = chat()
+
+    def stopped(rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "do_record", stopped)
+    assert talk.run(iter(["/record 5", "/help"])) == EXIT_DONE
+    assert said == ["stopped", terminal_chat.HELP]
 
 
 def test_a_waveform_shows_where_it_is_loud():

@@ -14,7 +14,7 @@ from conftest import voice
 import collect_data
 import dialogue_corpora
 from collect_data import main
-from command_line import EXIT_DONE, EXIT_MISSING, EXIT_PARTIAL, MissingRequirement, run
+from command_line import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_PARTIAL, MissingRequirement, run
 from dialogue_corpora import Segment, ami_source, dailytalk_source, meeting_group, meeting_windows
 from public_speech import WINDOW_SECONDS
 from speech_sources import Source
@@ -206,6 +206,16 @@ def test_a_row_that_lacks_a_fact_ends_its_source_in_one_line_and_keeps_what_was_
     assert run(main, flags) == EXIT_PARTIAL
     assert f"has no {column}" in capsys.readouterr().out
     assert len(list(read_turns(tmp_path / "out", with_audio=False))) == 1
+
+
+def test_columns_of_another_type_end_their_source_in_one_line(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    rows = [{**ami_row("ES2002a", "MEE006", 1.0, 2.5), "begin_time": "1.0"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in" / "a.parquet")
+    flags = ["--sources", "ami", "--local", f"ami={tmp_path / 'in'}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert run(main, flags) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert "are no numbers" in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_folders_that_are_not_ami_are_told_in_one_line(ami, tmp_path):

@@ -1,6 +1,7 @@
 """Speaking, replying, listening: cached == uncached, chunks == frame by frame, streaming == whole, limits."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import full_model, tiny_model, tiny_tokenizer, voice
 
 from conversational_memory import MemoryState
 from frames import IGNORE, Clock, Rows, Turn, concatenate
-from generation import Conversation, Sampling, draw
+from generation import COLDEST, Conversation, Sampling, draw
 from text_tokenizer import ByteTokenizer, encode_turn, turn_prompt, turn_text
 
 GREEDY = Sampling(temperature=0, text_temperature=0, max_seconds=1.0)
@@ -305,6 +306,11 @@ def with_end_of_turn_logit(model, change: float):
     one_hot = change * torch.nn.functional.one_hot(torch.tensor(16), 17)
     model.codebook0_head.register_forward_hook(lambda module, inputs, logits: logits + one_hot)
     return model
+
+
+def test_the_coldest_temperature_can_be_drawn_with(talk):
+    reply = talk(Sampling(temperature=COLDEST, text_temperature=COLDEST, max_seconds=0.5)).speak(0, "hello")
+    assert torch.equal(reply.codes, talk(dataclasses.replace(GREEDY, max_seconds=0.5)).speak(0, "hello").codes)
 
 
 def test_a_turn_is_cut_at_max_seconds(talk, model):
@@ -606,15 +612,18 @@ def test_weights_in_bf16_speak_too(talk, make):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -1}, "temperature=-1 must be 0 or more"),
-        ({"text_temperature": -1}, "text_temperature=-1 must be 0 or more"),
+        ({"temperature": -1}, "temperature=-1 must be 0, for the likeliest, or 0.001 or more"),
+        ({"text_temperature": -1}, "text_temperature=-1 must be 0, for the likeliest, or 0.001 or more"),
+        ({"temperature": 1e-38}, "temperature=1e-38 must be 0"),
+        ({"max_seconds": math.inf}, "max_seconds=inf must be finite"),
+        ({"max_seconds": math.nan}, "max_seconds=nan must be finite"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"text_top_k": 0}, "text_top_k=0 must be at least 1"),
         ({"max_text_ids": 0}, "max_text_ids=0 must be at least 1"),
         ({"codebooks": 0}, "codebooks=0 must be at least 1"),
         ({"min_p": 1.5}, "min_p=1.5 must lie between 0 and 1"),
         ({"min_seconds": 11}, "min_seconds=11 must lie between 0 and max_seconds=10"),
-        ({"max_seconds": 0}, "max_seconds=0 must be at least one frame"),
+        ({"max_seconds": 0}, "max_seconds=0 must be finite and at least a frame"),
     ],
 )
 def test_impossible_sampling_is_refused(values, message):

@@ -68,6 +68,12 @@ def test_chapters_become_monologues_cut_where_a_number_is_missing(librispeech, t
     assert "CC-BY-4.0" in capsys.readouterr().out
 
 
+def test_a_chapter_is_the_same_from_inside_its_folder(librispeech, tmp_path, monkeypatch):
+    monkeypatch.chdir(librispeech / "train-clean-100" / "19" / "198")
+    assert collect(tmp_path, "--sources", "librispeech", "--local", "librispeech=.") == EXIT_DONE
+    assert {turn.split_native for turn in turns_of(tmp_path)} == {"train-clean-100"}
+
+
 def test_libritts_r_shares_its_readers_with_librispeech(librispeech, tmp_path):
     folder = tmp_path / "LibriTTS_R" / "train-clean-100" / "19" / "198"
     folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The server: it says what a conversation says, also to many at once; errors are JSON, nothing hangs or leaks."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -26,7 +27,7 @@ from conftest import full_model, voice
 import demo
 import speech_server
 from architecture import save_model
-from audio import SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
+from audio import FRAME_SAMPLES, SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
 from command_line import EXIT_INPUT, run
 from generation import Sampling
 from speech_server import Studio, collected_voices, make_app
@@ -300,6 +301,29 @@ def test_who_hangs_up_while_he_is_heard_has_said_nothing(engine):
         free.set()
         assert running.ask("POST", "/talk/x/say", {"text": "Hi."})[0] == 200 and running.idle()
         assert [turn["text"] for turn in running.json("GET", "/talk/x")["turns"]] == ["Hi."]
+
+
+def test_who_hangs_up_while_he_sends_his_voice_is_no_error_of_the_server(engine):
+    """Raised through the application, it would be a traceback in the log."""
+    sent, parts = [], iter([{"type": "http.request", "body": b"RIFF", "more_body": True}, {"type": "http.disconnect"}])
+    scope = {"type": "http", "method": "POST", "path": "/talk/x/hear", "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"content-length", b"1000")], "scheme": "http", "server": ("127.0.0.1", 80), "root_path": ""}
+
+    async def receive() -> dict:
+        return next(parts)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    with contextlib.closing(Studio(engine, 1, 1, threads=1)) as studio:
+        asyncio.run(make_app(engine, {}, studio, "tiny")(scope, receive, send))
+    assert sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize("container", ["flac", "mp3"])
+def test_nothing_said_is_a_file_of_silence(container):
+    samples, _ = soundfile.read(io.BytesIO(speech_server.encoded(b"", container)))
+    assert len(samples) >= FRAME_SAMPLES and not samples.any()
 
 
 def test_refused_is_who_is_beyond_those_who_speak_and_those_who_wait(engine):

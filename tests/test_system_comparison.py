@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,14 +114,16 @@ def test_who_answered_with_a_broken_file_has_not_forgotten(tmp_path):
     for name in ("recall-pet-0", "talk"):
         rows = [{"speaker": 1, "text": text, "file": f"{text}.wav"} for text in ("One", "Two")]
         (tmp_path / name).mkdir()
-        (tmp_path / name / sc.RESULT).write_text(json.dumps({"turns": rows}))
+        asked = {"turns": [{"speaker": 1, "text": row["text"]} for row in rows]}
+        (tmp_path / name / sc.RESULT).write_text(json.dumps({"request": asked, "turns": rows}))
         write_wav(tmp_path / name / "One.wav", speech(0))
         (tmp_path / name / "Two.wav").write_bytes(b"broken")
     found = sc.read_system("one", tmp_path)
     assert list(found.conversations) == ["talk"] and len(found.refused) == 3
     for turn in ({"text": 5}, {"real_time_factor": "fast"}, {"text": None}):
         torn = {"speaker": 1, "text": "One", "file": "One.wav", **turn}
-        (tmp_path / "talk" / sc.RESULT).write_text(json.dumps({"turns": [torn]}))
+        content = {"request": {"turns": [{"speaker": 1}]}, "turns": [torn]}
+        (tmp_path / "talk" / sc.RESULT).write_text(json.dumps(content))
         with pytest.raises(ValueError, match="not what demo"):
             sc.read_system("one", tmp_path)
 
@@ -205,7 +208,8 @@ def test_what_a_batch_spoke_is_a_system(tmp_path):
         if len(samples):
             write_wav(path, samples)
         rows.append(measure(Reply(samples, torch.zeros(0, 4), SENTENCES[0], True, 0.1, 0.2), 1, path))
-    (folder / sc.RESULT).write_text(json.dumps({"turns": rows}))
+    asked = {"turns": [{"speaker": 0, "audio": "a.wav"}, *({"speaker": 1, "text": SENTENCES[0]} for _ in rows[1:])]}
+    (folder / sc.RESULT).write_text(json.dumps({"request": asked, "turns": rows}))
     system = sc.read_system("spoken", tmp_path / "batch")
     turn, empty = system.conversations["soup"]
     assert (turn.speaker, turn.text, turn.start, system.refused) == ("1", SENTENCES[0], None, [])
@@ -287,6 +291,42 @@ def test_an_empty_turn_can_be_drawn_and_played(tmp_path):
     sc.players(tmp_path, [mute])
     assert len(read_audio(tmp_path / "audio" / "0-0.wav"))
     assert sc.write_listening_page(tmp_path, mute, real, 2, seed=0) == 3
+
+
+def write_batch(folder: Path, name: str, asked: list[dict], turns: list[dict]) -> None:
+    """As `demo.py --mode batch` leaves a conversation."""
+    (folder / name).mkdir(parents=True)
+    rows = []
+    for index, turn in enumerate(turns):
+        write_wav(folder / name / f"turn-{index}.wav", speech(index), SAMPLE_RATE)
+        rows.append({"speaker": 0, "file": f"turn-{index}.wav"} | turn)
+    content = {"request": {"turns": [{"speaker": 0} | each for each in asked]}, "turns": rows}
+    (folder / name / "result.json").write_text(json.dumps(content))
+
+
+def test_a_batch_says_what_it_was_asked_for_however_it_was_read_aloud(tmp_path):
+    price = "It costs $3.50 on March 3, 2021."
+    write_batch(tmp_path, "shop", [{"text": price}, {}], [{"text": "It costs three dollars"}, {"text": "Thank you."}])
+    assert [turn.text for turn in sc.read_system("ours", tmp_path).conversations["shop"]] == [price, "Thank you."]
+
+
+def test_what_the_last_batch_failed_to_speak_is_refused_though_an_older_result_lies_there(tmp_path):
+    for name in ("fresh", "stale"):
+        write_batch(tmp_path, name, [{"text": "Hello."}], [{"text": "Hello."}])
+    told = [{"id": "fresh", "status": "done"}, {"id": "stale", "status": "failed", "reason": "no clip"}]
+    (tmp_path / "summary.json").write_text(json.dumps({"conversations": told}))
+    system = sc.read_system("ours", tmp_path)
+    assert list(system.conversations) == ["fresh"] and system.refused == [
+        "stale: the batch failed to speak it: no clip"
+    ]
+
+
+def test_a_reply_of_its_own_is_played_with_its_words(tmp_path):
+    real = system_of("real", talk=[speech(0)] * 2)
+    words = "Quite another answer."
+    ours = sc.System("ours", {"talk": [dataclasses.replace(real.conversations["talk"][0], text=words)]}, [])
+    page = sc.players(tmp_path, [real, ours])
+    assert page.count("<audio") == 2 and page.count(words) == 1 and "nothing said" not in page
 
 
 def test_answers_count_for_the_comparison_they_were_given_in(tmp_path):

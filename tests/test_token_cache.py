@@ -78,6 +78,17 @@ def test_shards_that_are_no_longer_collected_are_not_read(tmp_path, tokenizer):
     assert 0 < len(TokenCache(data, tokenizer).codes) < everything
 
 
+def test_a_shard_that_is_not_what_was_collected_is_not_tokenised(tmp_path, tokenizer):
+    """Of a flipped bit in a text Parquet knows nothing."""
+    data = write_tiny_data(tmp_path / "data", n_conversations=2)
+    shard = next(data.rglob("*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"does not have the recorded SHA-256; mend with: .*--verify"):
+        TokenCache(data, tokenizer)
+
+
 @pytest.mark.parametrize("file", ["codes-000.bin", "index-000.jsonl"])
 def test_a_damaged_token_file_is_named(tmp_path, tokenizer, file):
     data = write_tiny_data(tmp_path / "data", n_conversations=2)
