@@ -236,9 +236,10 @@ class Run:
         self.freeze_codes()
 
     def freeze_codes(self) -> None:
-        """The encoder and the codebooks take no gradient; their optimizer steps pass them over."""
-        for part in (self.model.encoder, self.model.semantic, self.model.acoustic):
-            part.requires_grad_(False)
+        """The encoder, the codebooks and what read them take no gradient; their optimizer steps pass them over."""
+        for part in (self.model.encoder, self.model.semantic, self.model.acoustic, self.heads):
+            if part is not None:
+                part.requires_grad_(False)
 
 
 def build_run(

@@ -12,9 +12,11 @@ import dataclasses
 import errno
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_INPUT = 2  # wrong flag, missing or unreadable file, data or checkpoint of another kind
@@ -125,6 +127,30 @@ class StopSignals:
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it; 0 when no signal came."""
         return 0 if self.received is None else 128 + self.received
+
+
+def run_child(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+    """As `subprocess.run`, but signals are the child's: Ctrl-C reaches it through the terminal, SIGTERM is passed on,
+    and this process waits until it has saved."""
+    passed_on = []
+
+    def pass_on(number: int, frame: object) -> None:
+        passed_on.append(number)
+        if child is not None:
+            child.terminate()
+
+    child = None
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with subprocess.Popen(command, **options) as child:
+            if passed_on:
+                child.terminate()
+            out, errors = child.communicate()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, child.returncode, out, errors)
 
 
 @contextlib.contextmanager

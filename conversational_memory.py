@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audio import FRAME_RATE
-from frames import N_PROSODY, Rows
+from frames import N_PROSODY, Rows, learnt_rows
 
 SEMANTIC_SECONDS = (120.0, 1800.0)  # half-lives at first, spaced evenly in their logarithm over the heads
 PROSODIC_SECONDS = (2.0, 30.0)
@@ -296,8 +296,10 @@ def turn_prosody(rows: Rows, turns: TurnTimes) -> Tensor:
 
 
 def prosody_targets(rows: Rows, turns: TurnTimes) -> Tensor:
-    """(B, N, F) what the memory should expect of each turn's sound; nan where there is none or it was not measured."""
-    return torch.where(turns.audio.any(dim=-1, keepdim=True), turn_prosody(rows, turns), torch.nan)
+    """(B, N, F) what the memory should expect of each turn's sound; nan where there is none, it was not measured, or
+    the turn is context."""
+    wanted = (turns.audio & learnt_rows(rows)[:, None]).any(dim=-1, keepdim=True)
+    return torch.where(wanted, turn_prosody(rows, turns), torch.nan)
 
 
 def prosody_loss(expected: Tensor, rows: Rows, turns: TurnTimes) -> Tensor:

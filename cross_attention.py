@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frames import Rows
+from frames import Rows, learnt_rows
 from transformer import (
     Attention,
     FeedForward,
@@ -259,7 +259,7 @@ def put(x: Tensor, index: Tensor, change: Tensor) -> Tensor:
 
 
 def guided_rows(streams: Streams, rows: Rows) -> Tensor:
-    """(B, Q) bool: audio rows of turns whose whole text precedes their audio, the ones that guidance is for."""
+    """(B, Q) bool: audio rows of learnt turns whose whole text precedes their audio: those that guidance is for."""
     text_turn, audio_turn = rows.turns.gather(1, streams.text), rows.turns.gather(1, streams.audio)
     own = audio_turn[..., None] == text_turn[:, None]  # (B, Q, M)
     visible = (own & streams.sees_text[:, 0]).sum(dim=-1)
@@ -267,7 +267,7 @@ def guided_rows(streams: Streams, rows: Rows) -> Tensor:
     whole = (visible == n_text.gather(1, streams.audio)) & (visible > 0)
     real, turn = rows.mask[..., :-1].any(dim=-1).gather(1, streams.audio), audio_turn.clamp(min=0)
     early = torch.zeros_like(rows.turns).scatter_add(1, turn, (real & ~whole).long())  # (B, T) by turn
-    return whole & (early.gather(1, turn) == 0)
+    return whole & (early.gather(1, turn) == 0) & learnt_rows(rows).gather(1, streams.audio)
 
 
 def guidance_loss(weights: Tensor, streams: Streams, rows: Rows, sharpness: float = 0.2) -> Tensor:

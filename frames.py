@@ -65,6 +65,14 @@ class Rows(NamedTuple):
         return (same & torch.ones(T, T, dtype=torch.bool, device=same.device).tril())[:, None]
 
 
+def learnt_rows(rows: Rows) -> Tensor:
+    """(B, T) bool of a batch: rows of turns that have targets; other turns are context."""
+    turns = rows.turns.clamp(min=0)
+    wanted = (rows.targets != IGNORE).any(dim=-1)  # (B, T)
+    by_turn = torch.zeros_like(turns).scatter_add(1, turns, wanted.long())
+    return (by_turn.gather(1, turns) > 0) & (rows.turns >= 0)
+
+
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To another device; from the CPU to a GPU through pinned memory, so that neither waits for the other."""
     to_gpu = tensor.device.type == "cpu" and torch.device(device).type == "cuda"

@@ -32,7 +32,8 @@ def distribute(model: nn.Module, blocks: list[nn.Module], way: str, ranks: Ranks
         return model
     if way == "ddp":
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, find_unused_parameters=True, broadcast_buffers=False)
+        shared = {"gradient_as_bucket_view": True}  # else a second copy of all gradients
+        return DistributedDataParallel(model, devices, find_unused_parameters=True, broadcast_buffers=False, **shared)
     mesh = dist.init_device_mesh(device.type, (ranks.n,))
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -42,8 +42,8 @@ class Ranks:
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Every gradient becomes its mean over the processes. A parameter without one counts as zeros if another
-        process has one for it."""
+        """Every gradient becomes its mean over the processes. A parameter without one counts as zeros, and has one
+        afterwards: leave out what no process trains."""
         if self.n == 1:
             return
         parameters = list(parameters)
@@ -112,9 +112,10 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
+    local = os.environ.get("LOCAL_RANK", "")  # of torchrun; the first GPU is another process's
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=f"cuda:{local}" if name == "cuda" and local else device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the words of every backend are other ones
         raise ValueError(f"device {name!r} cannot be used here; give auto, cpu or cuda") from error
     return device

@@ -82,8 +82,10 @@ class TrainConfig:
         weights = [name for name in HELP if name.endswith(("_weight", "_decay"))]
         speaking = ("speak_every", "speak_codebooks", "speak_temperature")
         for name in (*weights, "min_lr", "warmup", "added_steps", *speaking):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must be at most lr={self.lr}")
         if not 0 <= self.seed < MOST_SEEDS:
             raise ValueError(f"seed={self.seed} must be at least 0 and less than {MOST_SEEDS}")
         if not 0 <= self.dropout < 1:

@@ -140,11 +140,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     except Exception as error:  # torch.load raises many types for a file that is not its own
         raise ValueError(f"{path} is damaged or not a file of tensors ({type(error).__name__})") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors by name")
+    return tensors
 
 
 def load_published(path: Path, config: CSMConfig | None = None) -> CSM:
@@ -177,6 +180,8 @@ def save_published(model: CSM, folder: Path, layout: str) -> None:
     for name in ("cross_attention_every", "semantic_heads", "prosodic_heads", "acoustic_delay"):
         if getattr(model.config, name):
             raise ValueError(f"{name}={getattr(model.config, name)}: the layout {layout} cannot hold it; write ours")
+    if not model.config.zero_end_of_turn:
+        raise ValueError(f"zero_end_of_turn=False: the layout {layout} ends turns with an all-zero frame; write ours")
     convert = to_sesame if layout == "sesame" else to_transformers
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", convert(model.state_dict(), model.config))

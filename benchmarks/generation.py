@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
+import math
 import statistics
 import sys
 import time
@@ -46,6 +46,7 @@ from rvq_tokenizer import RVQTokenizer
 from speaking_together import Together
 from spoken_conversations import DTYPES
 from text_tokenizer import encode_turn, load_text_tokenizer
+from training_pictures import memory_gib
 from weight_layouts import transformers_model, transformers_version
 
 FRAME_MS = 80.0
@@ -215,7 +216,8 @@ def measure(args: argparse.Namespace) -> dict:
     speed = bandwidth(DTYPES[args.dtype])
     codec = random_codec(args.seed)
     whole = {"ours": {}, "int8": {"int8": True}}
-    whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
+    if not model.config.zero_end_of_turn:  # csm-1b has no place for a delay
+        whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
     if args.compile:
         whole["compiled"] = {"compiled": True}
         whole["int8 compiled"] = {"int8": True, "compiled": True}
@@ -233,7 +235,7 @@ def measure(args: argparse.Namespace) -> dict:
         "with_additions_and_codec": {
             name: with_everything(args, codec, **how) for name, how in whole.items() if args.whole
         },
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_memory_mib": 1024 * (memory_gib(torch.device("cpu")) or math.nan),
     }
 
 

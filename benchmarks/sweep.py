@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import EXIT_CODES_HELP, EXIT_DONE, run
+from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, run, run_child
 from run_folder import describe_environment, read_metrics
 from training_config import HELP
 
@@ -54,15 +54,17 @@ def train_with(name: str, value: str, out: Path, others: list[str]) -> dict[str,
     timed, began = folder / "minutes.json", time.perf_counter()
     complete = (folder / "losses.png").is_file()
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        done = run_child(command, stderr=subprocess.PIPE, text=True)
     finally:  # of all starts together
         before = json.loads(timed.read_text()) if timed.is_file() else 0.0
         if folder.is_dir() and not (complete and before):
             timed.write_text(json.dumps(before + (time.perf_counter() - began) / 60))
+    if done.returncode in (EXIT_SIGINT, EXIT_SIGTERM):
+        print(f"stopped in {name}={value}, saved; the same command goes on", file=sys.stderr)
+        raise SystemExit(done.returncode)
     if done.returncode != EXIT_DONE:
-        raise ValueError(
-            f"{name}={value} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}"
-        )
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise ValueError(f"{name}={value} ended with exit code {done.returncode}: {said[-1]}")
     records = read_metrics(folder)
     last, half = records[-1], records[len(records) // 2 :]
     values = {column: last[column] for column in COLUMNS if column in last}

@@ -42,7 +42,7 @@ from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, run
 from dataset_pipeline import ConversationDataset
 from frames import IGNORE, Rows
 from model_sizes import PRESETS, PUBLISHED, WITHOUT_ADDITIONS, CSMConfig, preset
-from ranks import use_threads
+from ranks import pick_device, use_threads
 from run_folder import describe_environment
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import load_text_tokenizer
@@ -396,6 +396,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingRequirement(f"device {args.device!r} asked for, but this torch sees no CUDA; use --device cpu")
+    args.device = str(pick_device(args.device))
     return args
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import EXIT_CODES_HELP, EXIT_DONE
+from command_line import EXIT_CODES_HELP, EXIT_DONE, run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,12 +98,11 @@ def main() -> int:
     setup = "Environment: make .venv and install the pinned packages (7 GB, some minutes the first time)"
     done = [(setup, [sys.executable, "setup_environment.py", "--extras", "data", "eval"])]
     done += [(title, [python, *words]) for title, words in steps(SCALES[args.scale], out)]
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C ends the step under way, which saves first
     began = time.monotonic()
     for number, (title, command) in enumerate(done, start=1):
         print(f"\n[{number}/{len(done)}] {title}\n      $ {' '.join(command)}", flush=True)
         start = time.monotonic()
-        if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
+        if code := run_child(command, cwd=ROOT).returncode:  # a signal ends the step under way, which saves first
             print(f"step {number} of {len(done)} stopped with exit code {code}: {' '.join(command)}", file=sys.stderr)
             script = "run_experiment.bat" if os.name == "nt" else "./run_experiment.sh"
             print(f"what is done is kept; to go on: {' '.join([script, 'full', *sys.argv[1:]])}", file=sys.stderr)

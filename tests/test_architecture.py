@@ -317,9 +317,9 @@ def test_turns_not_to_be_learnt_are_context_without_a_loss():
     found, counts = [], []
     for learnt in ((0, 2), (1, 3), (0, 1, 2, 3)):
         rows = sequence(model.config, [turn._replace(learn=i in learnt) for i, turn in enumerate(turns)]).batch()
-        found.append(model.loss(rows, every_frame(rows)))
-        counts.append(count_targets(rows, every_frame(rows)))
-    for name in ("codebook0", "depth", "text"):
+        found.append(model.loss(rows, every_frame(rows), guidance=True))
+        counts.append(count_targets(rows, every_frame(rows), guidance=True))
+    for name in Terms._fields:
         first, second, both = (getattr(terms, name) for terms in found)
         torch.testing.assert_close(first + second, both, atol=1e-3, rtol=1e-5)
         assert (first > 0).all() and (second > 0).all()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,33 @@ def test_a_signal_is_a_flag_inside_and_what_it_was_outside(number, code):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+CHILD = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(0.6)  # longer than a parent waits that does not know of its child
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, save), signal.signal(signal.SIGTERM, save)
+pathlib.Path("ready").touch()
+time.sleep(30)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_a_child_saves_before_the_process_that_started_it_ends(tmp_path, send, number):
+    (tmp_path / "child.py").write_text(CHILD)
+    code = "import sys, command_line as c; sys.exit(c.run_child([sys.executable, 'child.py']).returncode)"
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=path, start_new_session=True)
+    for _ in range(400):
+        if (tmp_path / "ready").exists():
+            break
+        time.sleep(0.05)
+    send(parent.pid, number)
+    assert parent.wait(20) == 128 + number and (tmp_path / "saved").exists()
 
 
 def test_a_folder_holds_one_run_and_is_free_after_a_kill(tmp_path):

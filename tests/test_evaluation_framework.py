@@ -263,7 +263,7 @@ def test_a_missing_package_leaves_its_metric_out_and_says_what_to_install(
         (["--tokenizer", "nowhere"], EXIT_INPUT, "no rvq_tokenizer at nowhere"),
         (["--checkpoint", "nowhere"], EXIT_INPUT, "no csm at nowhere"),
         (["--asr", "./nowhere"], EXIT_MISSING, "--asr bundled"),
-        (["--device", "gpu"], EXIT_INPUT, "device 'gpu' is none"),
+        (["--device", "gpu"], EXIT_INPUT, "device 'gpu' cannot be used here"),
         (["--threads", "0"], EXIT_INPUT, "--threads must be at least 1"),
         (["--workers", "-1"], EXIT_INPUT, "--workers must be at least 1"),
         (["--listening", "-1"], EXIT_INPUT, "--listening N needs two --systems"),

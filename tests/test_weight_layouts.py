@@ -168,6 +168,15 @@ def test_a_checkpoint_file_is_never_unpickled(tmp_path, csm):
     torch.save({"bomb": Bomb()}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="damaged or not a file of tensors"):
         load_published(tmp_path / "ckpt.pt", csm.config)
+    for content, kind in (([torch.ones(2)], "list"), (torch.ones(2), "Tensor")):
+        torch.save(content, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match=f"holds a {kind}, expected a dict of tensors by name"):
+            load_published(tmp_path / "ckpt.pt", csm.config)
+
+
+def test_a_model_that_ends_turns_in_its_own_way_cannot_be_written_in_a_published_layout(tmp_path):
+    with pytest.raises(ValueError, match="zero_end_of_turn=False"):
+        save_published(tiny_model(), tmp_path / "out", "transformers")
 
 
 def test_the_command_converts_ours_to_a_published_layout_and_back(tmp_path, csm, capsys):
