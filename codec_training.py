@@ -79,7 +79,8 @@ class TrainConfig:
         if self.discriminators not in DISCRIMINATORS:
             raise ValueError(f"discriminators={self.discriminators} is not one of {', '.join(DISCRIMINATORS)}")
         if self.teacher and (self.teacher not in TEACHERS or not self.ctc_weight):
-            raise ValueError(f"teacher={self.teacher} is none of {', '.join(TEACHERS)}, or ctc_weight is 0")
+            needed = f"must be one of {', '.join(TEACHERS)}, and needs a ctc_weight above 0"
+            raise ValueError(f"teacher={self.teacher} {needed}")
         if self.phone_weight and not self.ctc_weight:
             raise ValueError(f"phone_weight={self.phone_weight} needs a ctc_weight above 0")
         if self.alike_weight and not (self.ctc_weight and self.warped):
@@ -147,11 +148,11 @@ HELP = {
     "warmup": "steps until the learning rate is reached",
     "ema_decay": "of the weight average that is evaluated and exported",
     "ctc_weight": "of the characters that the semantic codebooks must tell; 0 = not asked",
-    "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
-    "alike_weight": "of what two disguises of an utterance must have in common; used with ctc_weight and warped",
-    "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; used with ctc_weight",
+    "speaker_weight": "of the speaker that the semantic codebooks must not tell; needs ctc_weight",
+    "alike_weight": "of what two disguises of an utterance must have in common; needs ctc_weight and warped",
+    "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; needs ctc_weight",
     "teacher_weight": "of 1 - cosine to the teacher's features",
-    "phone_weight": "of the phones that the semantic codebooks must tell, aligned in DATA/phones; used with ctc_weight",
+    "phone_weight": "of the phones that the semantic codebooks must tell, aligned in DATA/phones; needs ctc_weight",
     "content_gradient": "factor of the reconstruction's gradient into the content branch",
     "warped": "share of the crops whose content branch hears another voice: frequencies moved, bands louder or softer",
     "hearing": "of what a listener would notice (PESQ, STOI), beside the spectral distances, in stage C; 0 = none",

@@ -437,8 +437,9 @@ def verify(folder: Path) -> int:
 def place(text: str) -> tuple[str, Path]:
     """SOURCE=DIR of the command line."""
     name, sign, folder = text.partition("=")
-    if not sign or name not in SOURCES or name in ("synthetic", "local"):
-        known = ", ".join(name for name in SOURCES if name not in ("synthetic", "local"))
+    made_here = ("synthetic", "numbers", "questions", "local")
+    if not sign or name not in SOURCES or name in made_here:
+        known = ", ".join(name for name in SOURCES if name not in made_here)
         raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE=DIR with a source of {known}")
     return name, Path(folder)
 

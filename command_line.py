@@ -55,6 +55,9 @@ def exit_code_of(error: BaseException) -> int | None:
     return None
 
 
+NEEDS_DEV = "python setup_environment.py --extras data eval dev"  # brings transformers
+
+
 class Several(argparse.Action):
     """`--flag a --flag b` is `--flag a b`; argparse alone forgets what was given first."""
 

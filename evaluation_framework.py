@@ -71,6 +71,7 @@ from system_comparison import (
     print_comparison,
     print_preferences,
     read_system,
+    unlike,
     warnings_of,
     write_comparison,
     write_listening_page,
@@ -103,8 +104,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help=f"trained speech model (default: {CHECKPOINT}, if there, else {SHIPPED} with its own tokenizer, else "
-        "only the tokenizer is)",
+        help=f"trained speech model (default: {CHECKPOINT} beside {TOKENIZER}; where that is not, {SHIPPED} with its "
+        "own tokenizer; else only the tokenizer is measured)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write (default: %(default)s)")
     parser.add_argument(
@@ -300,7 +301,8 @@ def compare(args: argparse.Namespace, settings: Settings) -> int:
     ears, missing = ears_of(args)
     systems = [read_system(name, path) for name, path in args.systems]
     measured = measure_systems(systems, {**missing, **ears.missing()}, ears, args.workers, args.out)
-    figures, found = figures_of(measured, settings.seed), differences(measured, settings.seed)
+    apart = {system.name: unlike(system, systems[0]) for system in systems[1:]}
+    figures, found = figures_of(measured, settings.seed), differences(measured, settings.seed, apart)
     report = {
         "format": FORMAT,
         "environment": describe_environment(),

@@ -59,7 +59,7 @@ from speech_metrics import (
     require_speech,
 )
 
-VERSION = 8  # of what the metrics mean; values that were kept under another one are measured anew
+VERSION = 9  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
 LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
@@ -218,7 +218,13 @@ class Human:
     gaps: dict[str, list[float]]
 
     def prosody_but(self, name: str) -> list[tuple[str, cm.Prosody]]:
-        return [turn for other, turns in self.prosody.items() if other != name for turn in turns]
+        """Speakers by conversation too: other people may go by the same name elsewhere."""
+        return [
+            (f"{other}/{speaker}", prosody)
+            for other, turns in self.prosody.items()
+            if other != name
+            for speaker, prosody in turns
+        ]
 
     @classmethod
     def of(cls, conversations: dict[str, Turns]) -> Human:

@@ -16,7 +16,7 @@ import torch
 import torchaudio.functional as AF
 
 from audio import SAMPLE_RATE
-from command_line import MissingRequirement, first_line
+from command_line import NEEDS_DEV, MissingRequirement, first_line
 from speech_metrics import Metric, require_speech
 
 RATE = 16000  # Hz, of all
@@ -80,7 +80,7 @@ def loading(flag: str, kind: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingRequirement(f"{flag} needs transformers: pip install transformers") from error
+        raise MissingRequirement(f"{flag} needs transformers: {NEEDS_DEV}") from error
     except Exception as error:  # hub, network and file errors come in many types
         raise MissingRequirement(
             f"{flag}: no {kind} to be had there ({first_line(error)}); give the folder of a downloaded one"

@@ -20,7 +20,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from conversation_metrics import FEWEST_TURNS
 from conversations import build_conversations, loudness_gains, read_clips
 from evaluation_report import save_plot
 from heard_conversations import (
+    LEFT_OUT,
     MEASURES,
     METRICS_OF_CONVERSATIONS,
     VERSION,
@@ -124,7 +125,7 @@ def voices_swapped(turns: Turns, severity: float, lots: np.random.Generator) -> 
 
 
 def emotion_shuffled(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
-    """The way of speaking of a share of the turns goes to other turns of the same speaker; texts and times stay."""
+    """The way of speaking of a share of the turns goes to other turns of the same speaker; times stay."""
     sounds = list(turns)
     for name in sorted({turn.speaker for turn in turns}):
         places = [i for i, turn in enumerate(turns) if turn.speaker == name]
@@ -336,6 +337,7 @@ class Record:
     values: list[float | None]  # None: not measurable
     reasons: list[str]
     severities: list[float]
+    left_out: dict[str, int] = field(default_factory=dict)  # reason -> turns that the values know nothing of
 
     def is_current(self) -> bool:
         """Whether the degradation is applied at the same severities today."""
@@ -350,20 +352,26 @@ def measure_one(
     degradation = DEGRADATIONS[which]
     found: dict[str, list[float | None]] = {metric: [] for metric in metrics}
     reasons: dict[str, list[str]] = {metric: [] for metric in metrics}
+    left_out: dict[str, Counter] = {metric: Counter() for metric in metrics}
     for severity in degradation.severities:
         lots = np.random.default_rng(
             int.from_bytes(hashlib.sha256(f"{seed}/{name}/{which}".encode()).digest()[:4], "big")
         )
         heard = Heard(name, degradation.change(original, severity, lots), original, human, ears)
         for metric in metrics:
+            heard.left_out.clear()
             try:
                 value = MEASURES[metric](heard)
             except NotMeasurable as reason:
                 reasons[metric].append(str(reason))
                 value = None
             found[metric].append(value)
+            left_out[metric].update(heard.left_out)
     severities = list(degradation.severities)
-    return [Record(name, which, metric, found[metric], reasons[metric], severities) for metric in metrics]
+    return [
+        Record(name, which, metric, found[metric], reasons[metric], severities, dict(left_out[metric]))
+        for metric in metrics
+    ]
 
 
 def conversations_of(data: Path, most_turns: int, seed: int) -> dict[str, Turns]:
@@ -470,6 +478,8 @@ def verdict_on(name: str, metric: str, expected: int, records: Sequence[Record],
     severities = DEGRADATIONS[name].severities
     whole = np.array([record.values for record in records if None not in record.values], dtype=float)  # (C, levels)
     excluded = Counter(reason for record in records for reason in set(record.reasons))
+    for record in records:
+        excluded.update({LEFT_OUT + reason: turns for reason, turns in record.left_out.items()})
     facts = {"degradation": name, "metric": metric, "expected": expected, "severities": list(severities)}
     facts |= {"conversations": len(whole), "excluded": dict(excluded)}
     if len(whole) < FEWEST:
@@ -504,7 +514,7 @@ def why_not(expected: int, values: dict[str, float], order: float) -> str:
 def why_not_blind(change: float, clean: np.ndarray, drift: float) -> str:
     """What keeps a metric that must not care from passing; "" if nothing.
 
-    Where conversations do not differ, as in what is 1 by definition at severity 0, a hundredth of the value counts.
+    Where conversations do not differ, as in what is 1 by definition at severity 0, a fiftieth of the value counts.
     """
     alike = clean.std(ddof=1) < 0.01 * abs(clean.mean())
     small = abs(change) <= 0.02 * abs(clean.mean()) if alike else abs(drift) <= MOST_BLIND

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer, CodeShape
-from command_line import MissingRequirement
+from command_line import NEEDS_DEV, MissingRequirement
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, MimiModel
 
 HUB_NAME = "kyutai/mimi"
-INSTALL = "pip install transformers"
 
 
 class State(NamedTuple):
@@ -207,7 +206,7 @@ def load_mimi(name_or_path: str | Path = HUB_NAME, n_codebooks: int | None = Non
     try:
         from transformers import MimiModel
     except ImportError as error:
-        raise MissingRequirement(f"the tokenizer {path.as_posix()} needs: {INSTALL}") from error
+        raise MissingRequirement(f"the tokenizer {path.as_posix()} needs transformers: {NEEDS_DEV}") from error
     local = path.is_dir()
     if not local and path.as_posix() != HUB_NAME:
         raise FileNotFoundError(f"no Mimi at {path}: give a folder, or {HUB_NAME} for the published weights")

@@ -47,7 +47,7 @@ BOTH_GB = 7.5  # the most there is of both at one time
 EXTRAS = {
     "data": "the built-in voice: collect_data.py --sources synthetic",
     "eval": "word error rate, STOI, PESQ, Distill-MOS and speaker similarity in evaluation_framework.py",
-    "filters": "voice activity and DNSMOS in collect_data.py: --vad, --min_dnsmos",
+    "filters": "voice activity (collect_data.py --vad), and DNSMOS there (--min_dnsmos) and in evaluation_framework.py",
     "dev": "the test suite and the linter: run_tests.sh",
     "wandb": "Weights & Biases, for train.py --wandb",
     "play": "the sound device, for demo.py",

@@ -28,7 +28,7 @@ import matplotlib.figure
 import numpy as np
 
 from audio import SAMPLE_RATE, resample, rms_dbfs, write_wav
-from checkpointing import write_atomically
+from checkpointing import file_digest, write_atomically
 from content_recall import is_recall
 from conversation_formats import Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
@@ -72,6 +72,7 @@ MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
 CONTEXT_TURNS = 3  # that a listener hears before the turn in question
+CORPUS = Path(__file__).parent / "corpus"
 GAIN = {"higher": 1, "lower": -1}
 NOTHING = np.zeros(0, np.float32)  # what a system says that does not answer
 Conversations = dict[str, Turns]
@@ -102,7 +103,7 @@ def read_system(name: str, path: Path) -> System:
                 raise ValueError(f"conversation {name_said} has a turn {recording.turn_index} already")
             places.add((name_said, recording.turn_index))
             samples = NOTHING if recording.audio == b"" else resample(*load(recording), SAMPLE_RATE)
-            if not text:
+            if not text and not (is_recall(name_said) or recording.audio == b""):  # an answer without words is one
                 raise ValueError("no transcript")
         except (OSError, ValueError) as error:
             refused.append(f"{recording.name or recording.audio}: {error}")
@@ -227,7 +228,8 @@ def measure_systems(systems: Sequence[System], missing: Iterable[str], ears: Ear
     """Values are kept in `out` by a hash of the audio and the names."""
     reference, metrics = systems[0], [m for m in MEASURES if m not in set(missing)]
     real = sorted((name, hash_of(turns)) for name, turns in reference.conversations.items())
-    shared = f"{VERSION} {digest(str(real))} {ears} {sorted(metrics)}"
+    told = [file_digest(path) for path in sorted(CORPUS.glob("*.json"))]  # what is asked for, and thresholds
+    shared = f"{VERSION} {digest(str(real))} {ears} {sorted(metrics)} {told}"
     known = dict(kept_lines(out / MEASURED, lambda row: (row["key"], plain_to_measured(row["values"]))))
     jobs = {}
     for system in systems:
@@ -298,15 +300,26 @@ def is_unasked(metric: str, by_system: dict[str, Figure]) -> bool:
     return metric in OF_TIMES or (metric in OF_SENTENCES and all(each.startswith(NOT_ASKED) for each in reasons))
 
 
-def differences(measured: Table, seed: int) -> list[Difference]:
-    """Every other system against the first, metric by metric; those with two shared conversations or more."""
+def unlike(system: System, reference: System) -> set[str]:
+    """Shared conversations of which it says more or fewer turns, or with more or fewer voices: of replies alone, say,
+    which would be compared with what others said."""
+    shared = {name: (turns, reference.conversations.get(name)) for name, turns in system.conversations.items()}
+    shapes = {n: [(len(t), len({turn.speaker for turn in t})) for t in pair] for n, pair in shared.items() if pair[1]}
+    return {name for name, (ours, theirs) in shapes.items() if ours != theirs}
+
+
+def differences(measured: Table, seed: int, apart: dict[str, set[str]] | None = None) -> list[Difference]:
+    """Every other system against the first, metric by metric; those with two shared conversations or more.
+
+    `apart`: conversations of a system that are not to be compared.
+    """
     (reference, real), *others = measured.items()
     found = []
     for system, conversations in others:
         for metric in next(iter(conversations.values())):
             if metric in AGAINST_REFERENCE:
                 continue  # the reference is 1 by definition
-            shared = [name for name in conversations if name in real]
+            shared = [name for name in conversations if name in real and name not in (apart or {}).get(system, ())]
             pairs = [(conversations[name][metric].value, real[name][metric].value) for name in shared]
             changes = np.array([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
             if len(changes) >= 2:
@@ -358,6 +371,11 @@ def warnings_of(
         absent = sorted(set(reference.conversations) - set(system.conversations))
         if absent:
             lines.append(f"{system.name} lacks {len(absent)} conversations of {reference.name}, e.g. {absent[0]}.")
+        if others := sorted(unlike(system, reference)):
+            lines.append(
+                f"{system.name} says other turns than {reference.name} in {len(others)} conversations, e.g. "
+                f"{others[0]}: its figures are of its own turns, and no difference is told there."
+            )
     for system in systems:
         turns = [turn for turns in system.conversations.values() for turn in turns]
         if silent := sum(rms_dbfs(turn.samples) < SILENCE_DBFS for turn in turns):
@@ -367,14 +385,20 @@ def warnings_of(
     if fewest < FEWEST_CONVERSATIONS:
         lines.append(
             f"Some figures rest on {fewest} conversation(s) (n= beside them); below {FEWEST_CONVERSATIONS} the "
-            "intervals are too narrow and no difference can be told from chance."
+            "intervals are too narrow to be trusted."
         )
-    if hopeless := sum(least_p(each.conversations) * len(found) >= SURE for each in found):
+    if hopeless := sum(is_hopeless(each, found) for each in found):
         lines.append(
             f"{hopeless} of {len(found)} differences rest on so few conversations that, corrected for so many "
             "comparisons, none of them could be told from chance."
         )
     return lines
+
+
+def is_hopeless(one: Difference, found: Sequence[Difference]) -> bool:
+    """Whether no values could tell it from chance: its least p, times it and what Holm's method looks at later."""
+    least = least_p(one.conversations)
+    return least * (1 + sum(each is not one and each.p >= least for each in found)) >= SURE
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
@@ -509,7 +533,7 @@ def audible(turn: Turn | None) -> np.ndarray:
 
 
 def players(out: Path, systems: Sequence[System]) -> str:
-    """The first turns of the first conversations of every system."""
+    """The last turns of the first conversations of every system."""
     folder = out / "audio"
     folder.mkdir(exist_ok=True)
     rows = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Protocol
 
-from command_line import MissingRequirement
+from command_line import NEEDS_DEV, MissingRequirement
 
 
 class TextTokenizer(Protocol):
@@ -47,7 +47,7 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise MissingRequirement(f"text tokenizer {name!r} needs: pip install transformers") from error
+            raise MissingRequirement(f"text tokenizer {name!r} needs transformers: {NEEDS_DEV}") from error
         try:
             self.inner = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:

@@ -64,7 +64,8 @@ def train_with(name: str, value: str, out: Path, others: list[str]) -> dict[str,
         raise SystemExit(done.returncode)
     if done.returncode != EXIT_DONE:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise ValueError(f"{name}={value} ended with exit code {done.returncode}: {said[-1]}")
+        print(f"error: {name}={value} ended with exit code {done.returncode}: {said[-1]}", file=sys.stderr)
+        raise SystemExit(done.returncode)
     records = read_metrics(folder)
     last, half = records[-1], records[len(records) // 2 :]
     values = {column: last[column] for column in COLUMNS if column in last}

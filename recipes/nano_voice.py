@@ -2,9 +2,10 @@
 
     ./run_experiment.sh full [--scale smoke] [--out DIR]      (run_experiment.bat full ... on Windows)
 
-About an hour and a half on 2 CPU cores; --scale smoke takes the same steps in minutes, to see that they work. It is how
-pretrained/nano was made, but for the tokenizer, which also heard 0.6 hours of `--sources sentences`. Each step skips or
-resumes what it has already done, so this may be stopped and started at any time. Needs no package but Python's own.
+About an hour and a half on 2 CPU cores; --scale smoke takes the same steps in minutes, to see that they work. It makes
+the weights of step 2,400 that pretrained/nano went on from, but for the tokenizer, which also heard 0.6 hours of
+`--sources sentences`. Each step skips or resumes what it has already done, so this may be stopped and started at any
+time. Needs no package but Python's own.
 """
 
 from __future__ import annotations

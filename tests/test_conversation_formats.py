@@ -509,6 +509,7 @@ def test_replies_are_left_to_who_speaks_second_and_the_others_are_heard(data, tm
                 assert turn["text"] == original.text
                 np.testing.assert_allclose(samples, read_audio(original.audio)[0], atol=1e-4)
         assert set(request.content["voices"]) <= {str(second)}
+    assert any(request.content["voices"] for request in requests)
 
 
 def test_an_export_through_a_tokenizer_holds_its_copies(data, tmp_path, tokenizer, tokenizer_folder):

@@ -147,6 +147,10 @@ def test_gaps_and_overlaps_of_known_times():
             measure([])
 
 
+def test_turns_end_to_end_do_not_overlap():
+    assert cm.overlap([0.1 + 0.2 - 0.3 - 5.6e-17, -0.005]) == 0.0 and cm.overlap([-0.02, 0.1]) == 0.5
+
+
 def test_who_agrees_within_a_turn_takes_no_turn():
     """Before, between and after what counts: b says "mm" while a speaks, also across the breath that a takes."""
     turns = [

@@ -39,6 +39,11 @@ def turn(text: str = SENTENCES[0], samples: np.ndarray = SILENCE, speaker: str =
     return hc.Turn(speaker, text, samples, None)
 
 
+def test_people_of_one_name_in_two_conversations_are_two():
+    human = hc.Human({name: [("0", None)] for name in ("a", "b", "c")}, {})
+    assert [speaker for speaker, _ in human.prosody_but("b")] == ["a/0", "c/0"]
+
+
 def test_turns_that_cannot_be_measured_are_counted(monkeypatch):
     monkeypatch.setattr(hc, "dnsmos", lambda samples: 3.0 if samples.any() else 1.84)
     one = [turn(samples=speech(0))]

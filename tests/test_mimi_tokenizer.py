@@ -351,7 +351,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path, tokenizer_folder, monke
         load_tokenizer(HUB_NAME)
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingRequirement, match="needs: pip install transformers"):
+    with pytest.raises(MissingRequirement, match="needs transformers: python setup_environment"):
         load_tokenizer(HUB_NAME)
 
 

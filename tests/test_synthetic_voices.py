@@ -101,7 +101,7 @@ def test_times_and_prices_are_spelled_out():
 def test_every_fault_of_a_corpus_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "d.txt"
     path.write_text("dialogue: a (test)\nA: Hello {nobody}.\nC: Who?\nB [angry]: No!\ndialogue: b (test)\n")
-    with pytest.raises(ValueError, match=r"line 3.*line 4.*'b' has no turns|line 2.*line 3.*line 4") as caught:
+    with pytest.raises(ValueError, match=r"line 2.*line 3.*line 4.*'b' has no turns") as caught:
         voices.read_dialogues(path)
     assert "{nobody}" in str(caught.value)
     with pytest.raises(FileNotFoundError):

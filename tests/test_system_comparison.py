@@ -128,6 +128,37 @@ def test_who_answered_with_a_broken_file_has_not_forgotten(tmp_path):
             sc.read_system("one", tmp_path)
 
 
+def test_replies_alone_are_not_compared_with_whole_conversations():
+    whole = system_of("real", **{f"talk{i}": [speech(0)] * 4 for i in range(12)})
+    half = sc.System("ours", {name: turns[1::2] for name, turns in whole.conversations.items()}, [])
+    measured = {
+        name: {f"talk{i}": {"pitch": sc.Measured(i + up, "", {})} for i in range(12)}
+        for name, up in (("real", 0.0), ("ours", 5.0))
+    }
+    apart = {"ours": sc.unlike(half, whole)}
+    assert len(sc.differences(measured, 0)) == 1 and sc.differences(measured, 0, apart) == []
+    assert any(
+        "says other turns than real in 12 conversations" in line for line in sc.warnings_of([whole, half], {}, [])
+    )
+    assert sc.unlike(whole, whole) == set()
+
+
+def test_an_answer_without_words_is_one_that_recalls_nothing(tmp_path):
+    answer = {"text": "", "file": None}
+    write_batch(tmp_path, "recall-pet-0", [{"text": "I have a dog."}, {}], [{"text": "I have a dog."}, answer])
+    system = sc.read_system("ours", tmp_path)
+    assert [turn.text for turn in system.conversations["recall-pet-0"]] == ["I have a dog.", ""] and not system.refused
+
+
+def test_few_differences_may_be_sure_behind_many_that_are():
+    def one(n: int, p: float) -> sc.Difference:
+        return sc.Difference(system="ours", metric="rate", value=1.0, low=0.5, high=1.5, p=p, p_holm=p, conversations=n)
+
+    sure, few = [one(60, 1e-4)] * 10, [one(9, 2 / 2**9) for _ in range(10)]
+    assert not any(sc.is_hopeless(each, [*sure, *few]) for each in few)
+    assert all(sc.is_hopeless(each, [*few, *(one(60, 0.5) for _ in range(20))]) for each in few)
+
+
 def test_few_conversations_behind_any_figure_are_warned_of():
     def measured(n: int) -> dict:
         values = {f"{i}": {"rate": sc.Measured(1.0 + i, "", {}), "gap": sc.Measured(0.2, "", {})} for i in range(n)}
