@@ -48,7 +48,7 @@ def settings_of(varied: list[str]) -> list[tuple[str, str]]:
 
 
 def train_with(name: str, value: str, out: Path, others: list[str]) -> dict[str, float]:
-    """What one run came to; ValueError with its last line if it failed."""
+    """What one run came to; SystemExit with its exit code, and its last line, if it failed."""
     folder = out / f"{name}-{value}"
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), f"--{name}", value, *others]
     timed, began = folder / "minutes.json", time.perf_counter()
