@@ -148,7 +148,7 @@ HELP = {
     "warmup": "steps until the learning rate is reached",
     "ema_decay": "of the weight average that is evaluated and exported",
     "ctc_weight": "of the characters that the semantic codebooks must tell; 0 = not asked",
-    "speaker_weight": "of the speaker that the semantic codebooks must not tell; needs ctc_weight",
+    "speaker_weight": "of the speaker that the semantic codebooks must not tell; used with ctc_weight",
     "alike_weight": "of what two disguises of an utterance must have in common; needs ctc_weight and warped",
     "teacher": f"model whose features the semantic codebooks must tell: {', '.join(TEACHERS)}; needs ctc_weight",
     "teacher_weight": "of 1 - cosine to the teacher's features",

@@ -81,9 +81,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"], state["turn"] = torch.zeros_like(p), place
+                    state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                state["turn"] += 1
+                state["turn"] = state.get("turn", place) + 1  # states of before took no turns
                 if state["turn"] % self.every:
                     continue
                 direction = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]), self.dtype)

@@ -51,6 +51,23 @@ def test_in_bfloat16_a_run_equals_that_of_torchs_own():
     assert (ours - start).abs().mean() > 0.005
 
 
+def test_matrices_take_turns_and_move_as_far():
+    first, second, whole = (torch.nn.Parameter(torch.ones(6, 4)) for _ in range(3))
+    turns, each = Muon([first, second], 1e-2, every=2), Muon([whole], 1e-2)
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for _ in range(4):
+        before = [p.detach().clone() for p in (first, second)]
+        for p in (first, second, whole):
+            p.grad = gradient.clone()
+        turns.step()
+        each.step()
+        moved.append([not torch.equal(p, b) for p, b in zip((first, second), before, strict=True)])
+    assert moved == [[False, True], [True, False]] * 2
+    for p in (first, second):
+        torch.testing.assert_close(p, whole, atol=1e-4, rtol=0)
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one():
     def run(optimizer, parameter, steps):
         for step in steps:
