@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from turn_shards import MAX_S
 
+RESULT, SUMMARY = "result.json", "summary.json"  # of a conversation that a batch of demo.py spoke, and of all of it
 AUDIO_KEYS = ("path", "url", "audio")  # of an item of type audio
 MAIN_SPEAKER = "SPEAKER_MAIN"  # is heard in the left channel, everybody else in the right one
 PAUSE_S = 0.8  # of a speaker between two turns

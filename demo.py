@@ -26,10 +26,11 @@ from tqdm import tqdm
 from audio import read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
+from conversation_formats import SUMMARY
 from generation import SHIPPED, SPEAKING, Sampling, read_speaking
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
-from spoken_conversations import DTYPES, SCHEMA, SUMMARY, Request, Voice, Worker, answer_all, read_requests
+from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import multiprocessing
@@ -29,6 +28,7 @@ from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
 from audio_tokenizer import AudioTokenizer
 from checkpointing import file_digest, write_atomically
 from command_line import EXIT_INPUT, describe, exit_code_of
+from conversation_formats import RESULT, SUMMARY
 from fine_tuning import find_weights
 from generation import Conversation, Reply, Sampling
 from inference_model import InferenceModel
@@ -38,7 +38,6 @@ from spoken_text import read_aloud, split_text
 from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
 from weight_layouts import is_ours, load_published
 
-SUMMARY = "summary.json"  # of a batch, beside the folders of its conversations
 LONGEST_GAP = 600.0  # seconds between two turns that can be asked for
 GAP_SECONDS = 0.3  # of silence between two turns of a conversation's file, unless a turn asks for another
 CSM_1B = "sesame/csm-1b"
@@ -220,7 +219,7 @@ def wanted(request: Request, voice: Voice) -> dict:
     """All that a result depends on, as JSON: a result made with the same is kept."""
     clips = [turn["audio"] for turn in request.content["turns"] if "audio" in turn]
     clips += [clip["audio"] for clip in request.content.get("voices", {}).values()]
-    digests = {clip: hashlib.sha256((request.base / clip).read_bytes()).hexdigest() for clip in clips}
+    digests = {clip: file_digest(request.base / clip) for clip in clips}
     everything = {"request": request.content, "audio": digests, "made_with": voice.identity()}
     return json.loads(json.dumps(everything, default=str))
 
@@ -251,7 +250,7 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
             warnings.simplefilter("always")
             rows = speak_turns(talk, request.content["turns"], request.base, folder, voice.raw_text)
         result = {"turns": rows, "notices": [str(notice.message) for notice in notices]}
-        write_atomically(folder / "result.json", (json.dumps({**want, **result}, indent=2) + "\n").encode())
+        write_atomically(folder / RESULT, (json.dumps({**want, **result}, indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
         return failure_or_raise(request, error)
     return {**head, "status": "done", **result}
@@ -266,7 +265,7 @@ def failure_or_raise(request: Request, error: Exception) -> dict:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left. ValueError, and nothing deleted, where anything else lies there."""
-    own = [path for pattern in ("conversation.wav*", "turn-*.wav*", "result.json*") for path in folder.glob(pattern)]
+    own = [path for pattern in ("conversation.wav*", "turn-*.wav*", f"{RESULT}*") for path in folder.glob(pattern)]
     others = sorted({path.name for path in folder.glob("[!.]*")} - {path.name for path in own})
     if others:
         raise ValueError(f"{folder} holds {others[0]}, which no batch wrote; choose another id or another --out")
@@ -277,7 +276,7 @@ def clear(folder: Path) -> None:
 def kept_result(folder: Path, want: dict) -> dict | None:
     """What was made of the same before."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         files = [folder / Path(turn["file"]).name for turn in found["turns"] if turn.get("file")]
         whole = all(file.is_file() for file in (folder / "conversation.wav", *files))
         if whole and {name: found[name] for name in want} == want:

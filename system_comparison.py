@@ -30,7 +30,7 @@ import numpy as np
 from audio import SAMPLE_RATE, resample, rms_dbfs, write_wav
 from checkpointing import file_digest, write_atomically
 from content_recall import is_recall
-from conversation_formats import Recording
+from conversation_formats import RESULT, SUMMARY, Recording
 from evaluation_report import STYLE, plot_bars, save_plot, table, tag
 from heard_conversations import (
     LEFT_OUT,
@@ -67,7 +67,6 @@ OF_TIMES = tuple(TIMES.values())  # that the system itself wrote down
 FLIPS = 10_000  # of the signs of the differences
 ALL_SIGNS = 13  # differences up to which all signs are tried
 SURE = 0.05  # p, corrected, below which a difference is told from chance
-RESULT, SUMMARY = "result.json", "summary.json"  # of a conversation of a batch, and of all of it
 MEASURED = "measured.jsonl"
 KEY = "listening_key.json"  # which system is A and which B
 PLAYED = 8  # conversations that the page plays
@@ -93,9 +92,10 @@ class System:
 def read_system(name: str, path: Path) -> System:
     """ValueError if none of it can be read; single bad files are named in `refused`."""
     conversations: Conversations = {}
-    refused = [f"{name}: the batch failed to speak it: {reason}" for name, reason in failures_of(path).items()]
+    failed = failures_of(path)
+    refused = [f"{name}: the batch failed to speak it: {reason}" for name, reason in failed.items()]
     places, torn = set(), set()
-    for recording in sorted(recordings_of(path), key=lambda r: (r.conversation, r.turn_index)):
+    for recording in sorted(recordings_of(path, set(failed)), key=lambda r: (r.conversation, r.turn_index)):
         name_said, text = name_of(recording), (recording.text or "").strip()
         turns = conversations.setdefault(name_said, [])
         try:
@@ -130,13 +130,12 @@ def name_of(recording: Recording) -> str:
     return recording.conversation.removesuffix(suffix)
 
 
-def recordings_of(path: Path) -> list[Recording]:
-    """As `collect_data.py --input`, or what `demo.py --mode batch` wrote. ValueError: neither.
+def recordings_of(path: Path, but: set[str]) -> list[Recording]:
+    """As `collect_data.py --input`, or what `demo.py --mode batch` wrote, `but` for these. ValueError: neither.
 
     A turn in which a system said nothing has no bytes of audio.
     """
-    failed = failures_of(path)  # what lies there of them is older
-    results = [result for result in sorted(path.glob(f"*/{RESULT}")) if result.parent.name not in failed]
+    results = [result for result in sorted(path.glob(f"*/{RESULT}")) if result.parent.name not in but]
     if not results or (path / "manifest.jsonl").is_file():
         return read_recordings(path)
     recordings = []
@@ -161,7 +160,8 @@ def recordings_of(path: Path) -> list[Recording]:
 
 
 def failures_of(path: Path) -> dict[str, str]:
-    """The conversations that the last batch in this folder failed to speak, and why; none where there was no batch."""
+    """The conversations that the last batch in this folder failed to speak, and why: what lies there of them is older.
+    None where there was no batch."""
     try:
         told = json.loads((path / SUMMARY).read_text(encoding="utf-8"))["conversations"]
         return {str(each["id"]): str(each["reason"]) for each in told if each["status"] == "failed"}

@@ -32,7 +32,7 @@ import pyarrow
 import pyarrow.parquet
 
 from audio import encode_pcm16, loudness_lufs, rms_dbfs, to_pcm16
-from checkpointing import write_atomically
+from checkpointing import file_digest, write_atomically
 from command_line import first_line
 
 SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
@@ -491,8 +491,7 @@ def _damage(folder: Path, entry: LedgerEntry) -> str | None:
     path = folder / entry.path
     if not path.is_file():
         return "is gone"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return None if digest == entry.sha256 else "does not have the recorded SHA-256"
+    return None if file_digest(path) == entry.sha256 else "does not have the recorded SHA-256"
 
 
 def cut_torn_line(ledger: Path) -> None:

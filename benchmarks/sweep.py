@@ -59,12 +59,12 @@ def train_with(name: str, value: str, out: Path, others: list[str]) -> dict[str,
         before = json.loads(timed.read_text()) if timed.is_file() else 0.0
         if folder.is_dir() and not (complete and before):
             timed.write_text(json.dumps(before + (time.perf_counter() - began) / 60))
-    if done.returncode in (EXIT_SIGINT, EXIT_SIGTERM):
-        print(f"stopped in {name}={value}, saved; the same command goes on", file=sys.stderr)
-        raise SystemExit(done.returncode)
     if done.returncode != EXIT_DONE:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        print(f"error: {name}={value} ended with exit code {done.returncode}: {said[-1]}", file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        why = f"error: {name}={value} ended with exit code {done.returncode}: {last}"
+        if done.returncode in (EXIT_SIGINT, EXIT_SIGTERM):
+            why = f"stopped in {name}={value}, saved; the same command goes on"
+        print(why, file=sys.stderr)
         raise SystemExit(done.returncode)
     records = read_metrics(folder)
     last, half = records[-1], records[len(records) // 2 :]
