@@ -262,7 +262,10 @@ def build_run(
         raise ValueError(
             f"init_from={config.init_from} is Mimi, which is not trained here; give a folder of this script"
         )
-    model = load_tokenizer(config.init_from) if config.init_from else RVQTokenizer(PRESETS[config.preset])
+    begun = load_tokenizer(config.init_from) if config.init_from else None
+    model = RVQTokenizer(begun.config if begun else PRESETS[config.preset])
+    if begun:
+        model.load_state_dict(begun.state_dict())
     model = model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     heads = discriminators = teller = None

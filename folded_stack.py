@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from command_line import MissingRequirement
+from matrix_order import for_few_rows
 from transformer import Block, KVCache, KVCaches, Transformer, attend, behind
 
 Product = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
@@ -50,7 +51,7 @@ class Int8Matrix:
 
 def product(weight: Tensor, int8: bool) -> Product:
     """Of (N, in) with an (out, in) matrix."""
-    return Int8Matrix(weight) if int8 else functools.partial(torch.mm, mat2=weight.T.contiguous())
+    return Int8Matrix(weight) if int8 else functools.partial(torch.mm, mat2=for_few_rows(weight).T)
 
 
 def weights_of(of: Product) -> list[Tensor]:

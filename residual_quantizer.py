@@ -28,16 +28,21 @@ class Books(NamedTuple):
     """The codebooks of all levels in one precision."""
 
     codes: Tensor  # (K, V, D)
-    squares: Tensor  # (K, V) squared lengths
+    tables: Tensor  # (K, D + 1, V): -2 c and below it |c|^2
+
+    @classmethod
+    def of(cls, codes: Tensor) -> Books:
+        """(K, V, D)"""
+        return cls(codes, torch.cat([-2 * codes.mT, codes.square().sum(dim=2)[:, None]], dim=1))
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, T, D) of the same precision -> (B, T, K) int64"""
-        residual, chosen = x.flatten(0, 1), []  # (M, D)
-        for book, squares in zip(*self, strict=True):
-            # |x - c|^2 without |x|^2, which is the same for every code
-            distances = torch.addmm(squares, residual, book.T, alpha=-2)
+        vectors = F.pad(x.flatten(0, 1), (0, 1), value=1.0)  # (M, D + 1)
+        residual, chosen = vectors[:, :-1], []
+        for book, table in zip(*self, strict=True):
+            distances = vectors @ table  # |x - c|^2 without |x|^2, which is the same for every code
             index = distances.float().argmin(dim=1)  # (M,) the first of those that float32 cannot tell apart
-            residual = residual - book[index]
+            residual -= book.index_select(0, index)
             chosen.append(index)
         return torch.stack(chosen, dim=-1).unflatten(0, x.shape[:2])
 
@@ -111,8 +116,7 @@ class ResidualQuantizer(nn.Module):
         books = [level._codebook.embed for level in self.levels]  # (1, V, D) each
         version = [dtype, self.n_moves, *((book.data_ptr(), book._version) for book in books)]
         if self._books is None or self._books[0] != version:
-            codes = torch.cat(books).to(dtype)  # (K, V, D)
-            self._books = version, Books(codes, codes.square().sum(dim=2))
+            self._books = version, Books.of(torch.cat(books).to(dtype))
         return self._books[1]
 
     def encode(self, x: Tensor) -> Tensor:

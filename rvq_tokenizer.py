@@ -32,6 +32,7 @@ from audio import FRAME_SAMPLES, SAMPLE_RATE, read_audio, write_wav
 from audio_tokenizer import AudioTokenizer, CodeShape, fingerprint
 from checkpointing import load_into, load_weights, save_weights
 from command_line import EXIT_CODES_HELP, run
+from matrix_order import arrange_for_few_rows
 from mimi_tokenizer import is_mimi, load_mimi
 from residual_quantizer import ResidualQuantizer, scale_gradient
 
@@ -289,6 +290,7 @@ class ExactEncoder:
     def __init__(self, tokenizer: RVQTokenizer):
         dtype = torch.float32 if tokenizer.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.encoder = copy.deepcopy(tokenizer.encoder).requires_grad_(False).to(dtype)
+        arrange_for_few_rows(self.encoder)
         self.semantic, self.acoustic = (stack.books(dtype) for stack in (tokenizer.semantic, tokenizer.acoustic))
         self.version = self.version_of(tokenizer)
 
@@ -438,7 +440,7 @@ def save_tokenizer(tokenizer: RVQTokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path | str, device: str = "cpu") -> AudioTokenizer:
-    """A tokenizer written by `save_tokenizer`, or Mimi by its hub name or from its folder; ready for use.
+    """A tokenizer written by `save_tokenizer`, or Mimi by its hub name or from its folder; for use, not for training.
 
     ValueError or FileNotFoundError if there is none.
     """
@@ -450,6 +452,7 @@ def load_tokenizer(folder: Path | str, device: str = "cpu") -> AudioTokenizer:
     except TypeError as error:
         raise ValueError(f"{folder}: config.json is of another version ({error})") from error
     load_into(tokenizer, tensors, str(folder))
+    arrange_for_few_rows(tokenizer.decoder)
     return tokenizer.to(device).eval()
 
 
