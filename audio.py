@@ -15,6 +15,8 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 24_000  # Hz, of the codec
+TARGET_LUFS = -23.0  # loudness of all speech that models learn from and hear (EBU R 128)
+PEAK_DBFS = -1.0  # and its highest peak
 FRAME_RATE = 12.5  # codec frames per second
 FRAME_SAMPLES = int(SAMPLE_RATE / FRAME_RATE)  # 1920 samples, 80 ms
 OGG_HEADER = 27  # bytes of a page before the sizes of its segments
@@ -114,3 +116,12 @@ def loudness_lufs(samples: np.ndarray, sample_rate: int) -> float:
     if len(samples) < 0.4 * sample_rate:
         return rms_dbfs(samples)
     return float(F.loudness(torch.from_numpy(np.ascontiguousarray(samples))[None], sample_rate))
+
+
+def at_loudness(samples: np.ndarray, sample_rate: int = SAMPLE_RATE, lufs: float = TARGET_LUFS) -> np.ndarray:
+    """(N,) with an integrated loudness of `lufs`, less where the peak would pass `PEAK_DBFS`; silence as it is."""
+    found = loudness_lufs(samples, sample_rate)
+    if not np.isfinite(found):
+        return samples
+    loudest = max(float(np.abs(samples).max()), 1e-9)
+    return samples * min(10 ** ((lufs - found) / 20), 10 ** (PEAK_DBFS / 20) / loudest)

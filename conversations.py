@@ -18,15 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import read_audio
+from audio import PEAK_DBFS, TARGET_LUFS, read_audio
 from checkpointing import write_atomically
 from turn_shards import TurnRecord, read_turns
 
 SPLITS = ("train", "val", "test")
 VOICE_SETS = ("common_voice",)  # sources whose conversations are sentences without connection
 PSEUDO = 0.2  # share of the voice sets of the training split that are joined into pseudo-dialogues
-TARGET_LUFS = -23.0  # EBU R 128
-PEAK_DBFS = -1.0
 
 CLIP_SECONDS = 5.0  # of a clip that shows a voice, if there is one
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audio import read_audio
+from audio import at_loudness, read_audio
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
 from conversation_formats import SUMMARY
@@ -231,7 +231,7 @@ def chat(args: argparse.Namespace) -> int:
     """The mode interactive."""
     voice = voice_of(args)
     use_threads(args.threads)
-    clip = read_audio(args.voice)[0] if args.voice else None
+    clip = at_loudness(read_audio(args.voice)[0]) if args.voice else None
     with only_run_in(args.out):
         engine = voice.load()
         engine.warm_up()

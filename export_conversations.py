@@ -37,7 +37,7 @@ from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, only_run_in, run
 from conversation_formats import MAIN_SPEAKER, MARGIN_S
-from conversations import SPLITS, Conversation, build_conversations, read_clips
+from conversations import SPLITS, Conversation, build_conversations, loudness_gains, read_clips
 from rvq_tokenizer import load_tokenizer
 from spoken_conversations import LONGEST_GAP
 from turn_shards import TurnRecord, read_turns
@@ -84,14 +84,16 @@ def export(
     names, partial = file_names(conversations), begun(out.resolve())
     depth = 0 if tokenizer is None else codebooks or tokenizer.config.n_codebooks
     clips = clips_of(conversations) if INDEX[kind] == REQUESTS else {}
-    heard = read_clips(data_dir, {clip.utt_id: 1.0 for clip in clips.values()}) if clips else []
+    gains = loudness_gains(turn for conversation in conversations for turn in conversation.turns)
+    heard = read_clips(data_dir, {clip.utt_id: gains[clip.utt_id] for clip in clips.values()}) if clips else []
     samples = {t.utt_id: tokenizer.copies(wave, [depth])[depth] if tokenizer else wave for t, wave in heard}
     requests = functools.partial(write_requests, clips=clips, samples=samples, answered=kind == "replies")
     write = {"csm": write_csm, "moshi": write_moshi, "wav": write_folder}.get(kind, requests)
     rows: dict[int, list[dict]] = {}
     whole = with_audio(data_dir, conversations)
     for number, conversation in tqdm(whole, total=len(conversations), desc="exporting", unit="conversation"):
-        heard = conversation if tokenizer is None or kind == "batch" else through(tokenizer, depth, conversation)
+        copied = tokenizer is not None and kind != "batch"
+        heard = through(tokenizer, depth, conversation, gains) if copied else conversation
         rows[number] = write(partial, names[number], heard)
     ordered = [row for number in sorted(rows) for row in rows[number]]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
@@ -137,11 +139,11 @@ def with_audio(data_dir: Path, conversations: list[Conversation]) -> Iterator[tu
             yield number, build_conversations(parts.pop(number))[0]
 
 
-def through(tokenizer: AudioTokenizer, depth: int, conversation: Conversation) -> Conversation:
-    """The conversation as the first codebooks give it back, 24 kHz."""
+def through(tokenizer: AudioTokenizer, depth: int, conversation: Conversation, gains: dict[str, float]) -> Conversation:
+    """The conversation as the first codebooks give it back, 24 kHz, at the level that tokenizers know."""
     turns = []
     for turn in conversation.turns:
-        copy = tokenizer.copies(read_audio(turn.audio)[0], [depth])[depth]
+        copy = tokenizer.copies(read_audio(turn.audio)[0] * np.float32(gains[turn.utt_id]), [depth])[depth]
         turns.append(dataclasses.replace(turn, audio=encode_pcm16(copy, SAMPLE_RATE), sample_rate=SAMPLE_RATE))
     return dataclasses.replace(conversation, turns=tuple(turns))
 

@@ -56,10 +56,11 @@ from speech_metrics import (
     TextErrors,
     count_errors,
     distill_mos,
+    require_english,
     require_speech,
 )
 
-VERSION = 9  # of what the metrics mean; values that were kept under another one are measured anew
+VERSION = 10  # of what the metrics mean; values that were kept under another one are measured anew
 PACKAGES = "python setup_environment.py --extras data eval filters"
 LEFT_OUT = "turn left out: "  # before the reason, where a conversation was measured without it
 RECALLED = {f"content_recall_k{k}": k for k in range(most_between() + 1)}  # metric -> exchanges between
@@ -77,6 +78,7 @@ class Turn:
     start: float | None  # s; None: nobody wrote down when
     first_audio: float | None = None  # s from the request to the first samples; None: nobody held a stop-watch
     real_time_factor: float | None = None
+    language: str = "en"
 
     @property
     def end(self) -> float:
@@ -107,7 +109,7 @@ Turns = list[Turn]
 def turns_of(conversation: Conversation, audio: dict[str, np.ndarray], most: int | None = None) -> Turns:
     """The first `most` turns as they were spoken."""
     records = conversation.turns[:most]
-    return [Turn(record.speaker_id, record.text, audio[record.utt_id], record.start_s) for record in records]
+    return [Turn(r.speaker_id, r.text, audio[r.utt_id], r.start_s, language=r.lang) for r in records]
 
 
 def timed(turns: Turns) -> bool:
@@ -118,7 +120,7 @@ def timed(turns: Turns) -> bool:
 def hash_of(turns: Turns) -> str:
     digest = hashlib.sha256()
     for turn in turns:
-        told = f"{turn.speaker} {turn.text} {turn.start} {turn.first_audio} {turn.real_time_factor}"
+        told = f"{turn.speaker} {turn.text} {turn.start} {turn.first_audio} {turn.real_time_factor} {turn.language}"
         digest.update(told.encode() + turn.samples.tobytes())
     return digest.hexdigest()
 
@@ -191,7 +193,8 @@ class Ears:
         return turn.once("pronounced", lambda: self.reader.heard(turn.samples, turn.text))
 
     def errors(self, turn: Turn) -> TextErrors:
-        """NotMeasurable: the text has no words."""
+        """NotMeasurable: the text has no words, or is not English."""
+        require_english(turn.language)
         return count_errors(turn.text, self.recognizer.transcribe(turn.samples) if len(turn.samples) else "")
 
 
@@ -280,8 +283,6 @@ class Heard:
         return cm.gaps(self.spans)
 
     def turn_seconds(self) -> float:
-        if timed(self.turns):
-            return float(np.median([span.end - span.start for span in cm.whole_turns(self.spans)]))
         return float(np.median([len(turn.samples) / SAMPLE_RATE for turn in self.turns]))
 
     def first_audio(self) -> float:
@@ -342,8 +343,7 @@ class Heard:
         return sum(each.wrong for each in counts) / sum(each.words for each in counts)
 
     def style_kept(self) -> float:
-        human = [prosody for _, prosody in self.human.prosody_but(self.name)]
-        return _mean(cm.style_kept(self.prosody(), human))
+        return _mean(cm.style_kept(self.prosody(), self.human.prosody_but(self.name)))
 
     @functools.cached_property
     def recalled(self) -> float:
@@ -401,7 +401,7 @@ MEASURES: dict[str, Callable[[Heard], float]] = {
     "backchannels": lambda heard: cm.backchannels(heard.spans),
     "gap": lambda heard: cm.gap(heard.gaps),
     "overlap": lambda heard: cm.overlap(heard.gaps),
-    "gap_distance": lambda heard: cm.wasserstein(heard.gaps, heard.human.gaps_but(heard.name)),
+    "gap_distance": lambda heard: cm.energy_distance(heard.gaps, heard.human.gaps_but(heard.name)),
     "emotion_agreement": lambda heard: heard.per_turn(
         lambda now, real: heard.ears.emotions.agreement(now.samples, real.samples)
     ),

@@ -30,7 +30,17 @@ from generation import Reply, Sampling
 from heard_conversations import LEFT_OUT, MEASURES, Ears, Heard, Human, Turn, Turns, packages_missing
 from inference_model import InferenceModel
 from run_folder import read_metrics
-from speech_metrics import Figure, Item, NotMeasurable, Recognizer, Tally, bootstrap, count_errors, distill_mos
+from speech_metrics import (
+    Figure,
+    Item,
+    NotMeasurable,
+    Recognizer,
+    Tally,
+    bootstrap,
+    count_errors,
+    distill_mos,
+    require_english,
+)
 from spoken_validation import Tools, hear_codes, mean_cosine, run_away_after, speak_after, spread, time_reply
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
@@ -115,6 +125,7 @@ def evaluate_tokenizer(
             for system, wave in waves[-1].items():
                 tally.add("distill_mos", system, conversation_of(turn), distill_mos, wave)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "style": turn.style, "text": turn.text}
+        row["language"] = turn.lang
         rows.append({**row, "seconds": len(samples) / SAMPLE_RATE})
         if audio is not None and index < PLAYERS:
             rows[-1]["audio"] = save_audio(audio, f"clip-{index:02d}", waves[-1])
@@ -144,8 +155,9 @@ def listen(
 ) -> None:
     """Word and character errors of every system of every clip; transcripts go into `rows`."""
     for conversation, row, systems in zip(conversations, tqdm(rows, desc="listening", unit="clip"), waves, strict=True):
-        row["transcripts"] = {system: recognizer.transcribe(wave) for system, wave in systems.items()}
         try:
+            require_english(row["language"])
+            row["transcripts"] = {system: recognizer.transcribe(wave) for system, wave in systems.items()}
             errors = {system: count_errors(row["text"], heard) for system, heard in row["transcripts"].items()}
         except NotMeasurable as reason:
             for system in systems:
@@ -278,6 +290,7 @@ def evaluate_model(
         voices.append({"own": own, "others": others})
         time_reply(tally, GENERATED, conversation_of(turn), reply)
         row = {"id": turn.utt_id, "speaker": turn.speaker_id, "text": turn.text, "seconds": reply.duration}
+        row["language"] = turn.lang
         paths = save_audio(audio, f"reply-{number:02d}", {**waves[-1], "prompt, the speaker's turns before": own})
         rows.append({**row, "ended": reply.ended, "audio": paths})
     conversations = [conversation_of(conversation.turns[0]) for conversation, _ in choices]

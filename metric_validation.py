@@ -135,6 +135,16 @@ def emotion_shuffled(turns: Turns, severity: float, lots: np.random.Generator) -
     return [same_sound(sound, start=turn.start) for turn, sound in zip(turns, sounds, strict=True)]
 
 
+def some_excited(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
+    """A half of every speaker's turns, drawn at random, is excited; the other one as at severity 0."""
+    strengths = np.zeros(len(turns))
+    for name in sorted({turn.speaker for turn in turns}):
+        places = lots.permutation([i for i, turn in enumerate(turns) if turn.speaker == name])
+        strengths[places[: len(places) // 2]] = severity
+    made = [each_turn(degradations.excite)([turn], each, lots)[0] for turn, each in zip(turns, strengths, strict=True)]
+    return spaced_as(turns, made)
+
+
 def gaps_longer(turns: Turns, severity: float, lots: np.random.Generator) -> Turns:
     """Every turn starts `severity` seconds later after the one before."""
     if not timed(turns):
@@ -210,7 +220,7 @@ DEGRADATIONS = {
         severities=(0.0, 1.0, 2.0, 3.0, 4.0),
         expected={
             "pitch": RISES, "speaker_similarity": FALLS, "pitch_spread": BLIND, "emotional_coherence": BLIND,
-            "prosody_distance": BLIND,
+            "prosody_distance": BLIND, "style_kept": BLIND,
         },
     ),
     "slower": Degradation(
@@ -270,7 +280,7 @@ DEGRADATIONS = {
         expected={
             "dnsmos": BLIND, "distill_mos": BLIND, "wer": BLIND, "pitch_spread": BLIND, "level_spread": BLIND,
             "rate": BLIND, "pause_share": BLIND, "prosody_distance": BLIND, "pitch_contour": BLIND,
-            "speaker_similarity": BLIND, "emotional_coherence": BLIND, "character_run": BLIND,
+            "speaker_similarity": BLIND, "emotional_coherence": BLIND, "character_run": BLIND, "style_kept": BLIND,
         },
     ),
     "another voice from the middle on": Degradation(
@@ -296,6 +306,12 @@ DEGRADATIONS = {
         change=emotion_shuffled,
         severities=SHARES,
         expected={"emotional_coherence": FALLS, "character_run": BLIND},
+    ),
+    "emotion out of place": Degradation(
+        title="excitement of half of the turns, drawn at random; texts stay",
+        change=some_excited,
+        severities=(0.0, 0.5, 1.0, 1.5, 2.0),
+        expected={"emotional_coherence": FALLS},
     ),
     "longer gaps": Degradation(
         title="s between turns beside those there were",

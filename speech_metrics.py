@@ -422,6 +422,12 @@ def normalise(text: str) -> str:
     return BETWEEN_DIGITS.sub(" ", re.sub(r"\bone\b", "1", " ".join(words)))
 
 
+def require_english(language: str) -> None:
+    """NotMeasurable: the recogniser does not know the language."""
+    if not language.lower().startswith("en"):
+        raise NotMeasurable(f"the recogniser knows English only, this is {language or 'of no known language'}")
+
+
 def count_errors(reference: str, hypothesis: str) -> TextErrors:
     """Errors of a transcript against the text. NotMeasurable if the text has no words after normalisation."""
     import jiwer

@@ -38,7 +38,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, read_audio, to_pcm16
+from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, at_loudness, read_audio, to_pcm16
 from command_line import describe, exit_code_of
 from conversations import choose_clip, loudness_gains, read_clips
 from frames import Turn
@@ -284,7 +284,7 @@ def heard(content: bytes) -> np.ndarray:
         if info.duration > MOST_SECONDS or info.frames * info.channels > MOST_SAMPLES:
             found = f"{info.duration:.0f} s of {info.channels} channels at {info.samplerate} Hz"
             raise HTTPException(413, f"{found}; at most {MOST_SECONDS} s and {MOST_SAMPLES} samples are heard")
-    return read_audio(content)[0]
+    return at_loudness(read_audio(content)[0])
 
 
 async def comes_before_hanging_up(wanted: asyncio.Future, request: Request) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from architecture import load_model
-from audio import SAMPLE_RATE, read_audio, rms_dbfs, write_wav
+from audio import SAMPLE_RATE, at_loudness, read_audio, rms_dbfs, write_wav
 from audio_tokenizer import AudioTokenizer
 from checkpointing import file_digest, write_atomically
 from command_line import EXIT_INPUT, describe, exit_code_of
@@ -244,7 +244,7 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
         clear(folder)
         talk = loaded.conversation(request.content.get("seed", voice.seed))
         for speaker, clip in request.content.get("voices", {}).items():
-            samples = read_audio(request.base / clip["audio"])[0]
+            samples = at_loudness(read_audio(request.base / clip["audio"])[0])
             talk.add_turn(int(speaker), clip["text"], samples=samples, pinned=True)
         with warnings.catch_warnings(record=True) as notices:
             warnings.simplefilter("always")
@@ -341,7 +341,7 @@ def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path,
         path = folder / f"turn-{number}-speaker-{speaker}.wav"
         try:
             if "audio" in turn:
-                samples = read_audio(base / turn["audio"])[0]
+                samples = at_loudness(read_audio(base / turn["audio"])[0])
                 rows.append(hear(talk, turn, samples))
             else:
                 reply = speak_whole(talk, speaker, turn.get("text"), raw_text, gap)

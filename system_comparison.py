@@ -27,7 +27,7 @@ from typing import NamedTuple
 import matplotlib.figure
 import numpy as np
 
-from audio import SAMPLE_RATE, resample, rms_dbfs, write_wav
+from audio import SAMPLE_RATE, at_loudness, resample, rms_dbfs, write_wav
 from checkpointing import file_digest, write_atomically
 from content_recall import is_recall
 from conversation_formats import RESULT, SUMMARY, Recording
@@ -110,7 +110,8 @@ def read_system(name: str, path: Path) -> System:
             if is_recall(name_said):  # who answered with what cannot be read has not forgotten it
                 torn.add(name_said)
             continue
-        turns.append(Turn(recording.speaker, text, samples, recording.start, **times_of(recording)))
+        about = {"language": recording.language, **times_of(recording)}
+        turns.append(Turn(recording.speaker, text, samples, recording.start, **about))
     for name_said in sorted(torn):
         del conversations[name_said]
         refused.append(f"{name_said}: the whole conversation, as what is recalled in it cannot be judged")
@@ -532,6 +533,11 @@ def audible(turn: Turn | None) -> np.ndarray:
     return turn.samples if turn is not None and len(turn.samples) else np.zeros(SAMPLE_RATE // 2, np.float32)
 
 
+def audible_at_one_level(turn: Turn) -> np.ndarray:
+    """As `audible`, no system and no turn louder than another: the louder one would be preferred, and known again."""
+    return at_loudness(audible(turn))
+
+
 def players(out: Path, systems: Sequence[System]) -> str:
     """The last turns of the first conversations of every system."""
     folder = out / "audio"
@@ -591,10 +597,10 @@ def write_listening_page(out: Path, one: System, other: System, limit: int, seed
         heard = [(system.name, hash_of(system.conversations[name])) for system in order]
         item = digest(f"{seed} {name!r} {index} {context} {heard}")[:12]  # answers to it count for nothing else
         for letter, system in zip("AB", order, strict=True):
-            write_wav(folder / f"{item}-{letter}.wav", audible(system.conversations[name][index]))
+            write_wav(folder / f"{item}-{letter}.wav", audible_at_one_level(system.conversations[name][index]))
         before = one.conversations[name][max(0, index - CONTEXT_TURNS) : index] if context else []
         if before:
-            write_wav(folder / f"{item}-before.wav", np.concatenate([audible(turn) for turn in before]))
+            write_wav(folder / f"{item}-before.wav", np.concatenate([audible_at_one_level(turn) for turn in before]))
         items.append({"item": item, "context": bool(before), "text": one.conversations[name][index].text})
         key[item] = {
             "A": order[0].name,

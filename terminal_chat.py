@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import SAMPLE_RATE, read_audio, write_wav
+from audio import SAMPLE_RATE, at_loudness, read_audio, write_wav
 from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignals, describe, exit_code_of
 from conversation_state import load_conversation, load_notes, save_conversation
 from conversations import choose_clip, loudness_gains, read_clips
@@ -193,7 +193,8 @@ class Chat:
         self.hear(samples[:, 0], None)
 
     def hear(self, samples: np.ndarray, text: str | None) -> None:
-        """Take in what the current speaker said."""
+        """Take in what the current speaker said, brought to the level that models know."""
+        samples = at_loudness(samples)
         if text is None:
             text = self.talk.listen(self.speaker, samples=samples)
         else:
@@ -207,7 +208,7 @@ class Chat:
             file, text = file_and_text(rest, "/voice FILE TEXT")
             if text is None:
                 raise ValueError(f"/voice {file} needs what is said in it: /voice FILE TEXT")
-            self.use_voice(file, read_audio(file)[0], text)
+            self.use_voice(file, at_loudness(read_audio(file)[0]), text)
         else:
             name, style = split_file(rest)
             self.use_voice(*self.find_voice(name, style or None))

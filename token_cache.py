@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import SAMPLE_RATE, read_audio
+from audio import PEAK_DBFS, SAMPLE_RATE, TARGET_LUFS, read_audio
 from audio_tokenizer import AudioTokenizer
-from conversations import PEAK_DBFS, TARGET_LUFS, loudness_gains
+from conversations import loudness_gains
 from prosody import prosody_features
 from turn_shards import LedgerEntry, cut_torn_line, read_turns, refuse_damaged, whole_shards
 

@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     known, plain = hear_all(args.seed)
     found = fit_words(known)
     limits = {word: facts["threshold"] for word, facts in found.items()}
-    read = [(margin <= limits[asked.word.word]) == asked.meant for asked, margin in plain if asked.meant is not None]
+    told = {word for word, facts in found.items() if facts["known"] >= RELIABLE}  # as the metric
+    asked_for = [each for each in plain if each[0].meant is not None and each[0].word.word in told]
+    read = [(margin <= limits[asked.word.word]) == asked.meant for asked, margin in asked_for]
     report = {"words": found, "wrong": right_with_wrong_ones(known, found, args.seed), "read": float(np.mean(read))}
     print(f"{'word':10} threshold  right  without threshold  n")
     for word, facts in found.items():

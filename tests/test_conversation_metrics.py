@@ -96,15 +96,17 @@ def test_human_turns_that_are_alike_by_chance_are_no_unit():
     alike = [("a", prosody())] * 4
     shifted = [("a", prosody(pause_share=1.1, rate=2.0))] * 4
     assert cm.prosody_distance(shifted, alike) == pytest.approx((0.1 / 0.02 + 1.0 / 0.5) / 5)
+    with pytest.raises(NotMeasurable, match="fewer than 2"):
+        cm.prosody_distance(shifted[:1], alike)
 
 
 def test_prosody_distance_is_a_shift_in_human_units():
     random = np.random.default_rng(0)
     human = [("a", prosody(**dict.fromkeys(cm.DISTRIBUTED, x))) for x in random.normal(5, 2, 400)]
     shifted = [(s, prosody(**{name: getattr(p, name) + 2 for name in cm.DISTRIBUTED})) for s, p in human]
-    assert cm.prosody_distance(human, human) == 0
+    assert cm.prosody_distance(human, human) == pytest.approx(0, abs=0.01)
     # pitch is taken from the speaker's median, so four of the five features move, each by 1 standard deviation
-    assert cm.prosody_distance(shifted, human) == pytest.approx(4 / 5, rel=0.1)
+    assert cm.prosody_distance(shifted, human) == pytest.approx(4 / 5 * 0.27, rel=0.1)
     with pytest.raises(NotMeasurable):
         cm.prosody_distance(human, human[:2])
 
@@ -169,24 +171,63 @@ def test_who_agrees_within_a_turn_takes_no_turn():
     assert cm.gaps([cm.Span("a", 0, 2), cm.Span("b", 1.5, 3)]) == [-0.5]  # going on alone is no backchannel
 
 
+def pairs_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.mean([abs(a - b) for a in ours for b in theirs]))
+
+
+def test_energy_distance_is_its_definition_over_all_pairs():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=7), random.normal(1, 2, size=5)
+    within = [pairs_apart(z, z) * len(z) / (len(z) - 1) for z in (x, y)]  # a number with itself is no pair
+    assert cm.energy_distance(x, y) == pytest.approx(pairs_apart(x, y) - sum(within) / 2)
+    assert cm.energy_distance(y, x) == pytest.approx(cm.energy_distance(x, y))
+    assert cm.energy_distance(x + 9, y + 9) == pytest.approx(cm.energy_distance(x, y))
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_few_numbers_of_the_same_kind_are_nearer_on_average_than_numbers_that_vary_less(n):
+    random = np.random.default_rng(n)
+    human = random.normal(size=300)
+    same, half = ([cm.energy_distance(s * random.normal(size=n), human) for _ in range(1000)] for s in (1.0, 0.5))
+    constant = cm.energy_distance(np.zeros(n), human)
+    assert abs(np.mean(same)) < 0.02 < 0.03 < np.mean(half) < 0.08 < 0.2 < constant
+
+
 def test_equal_gaps_differ_from_varied_ones_of_the_same_median():
     varied = [0.0, 0.2, 0.4]
-    assert cm.wasserstein(varied, varied) == 0
-    assert cm.wasserstein([0.2] * 3, varied) == pytest.approx(0.4 / 3)
+    alike = cm.energy_distance([0.2] * 3, varied)
+    assert alike == pytest.approx(0.4 / 3 - 0.8 / 6)
+    assert cm.energy_distance([0.2] * 30, varied * 10) > cm.energy_distance(varied * 10, varied * 10) + 0.02
 
 
 def test_a_style_is_kept_or_lost_some_turns_later():
     def turns(*pitches: float) -> list[tuple[str, cm.Prosody]]:
         return [("ab"[i % 2], prosody(pitch=pitch)) for i, pitch in enumerate(pitches)]
 
-    others = [prosody(pitch=pitch) for pitch in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)]
+    others = [(f"talk/{pitch}", prosody(pitch=pitch)) for pitch in (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)]
     high, low = 6.5, 0.5
     assert cm.style_kept(turns(high, low, 3, 3, high, low), others) == [1.0, 1.0]
     lost = cm.style_kept(turns(high, low, 3, 3, low, high), others)
     assert max(lost) <= 0.25
-    assert cm.style_kept(turns(high, low, 3, 3, 3.5, low), others) == [0.5, 1.0]
+    # of 28 pairs of people 4, 3, 2 and 1 are 4, 5, 6 and 7 semitones apart
+    assert cm.style_kept(turns(high, low, 3, 3, 3.0, low), others) == [10 / 28, 1.0]
     assert cm.style_kept([*turns(high, low, 3, 3), None, ("b", prosody(pitch=low))], others) == [1.0]
     with pytest.raises(NotMeasurable, match="comes back after 4 turns"):
         cm.style_kept(turns(high, low, high), others)
     with pytest.raises(NotMeasurable, match="human turns"):
         cm.style_kept(turns(high, low, 3, 3, high), others[:3])
+    with pytest.raises(NotMeasurable, match="all of one speaker"):
+        cm.style_kept(turns(high, low, 3, 3, high), [("talk/a", prosody(pitch=p)) for p in (0.0, 1.0, 2.0, 3.0)])
+
+
+def test_a_system_that_is_louder_darker_or_higher_than_people_keeps_a_style_no_better_for_that():
+    random = np.random.default_rng(0)
+
+    def independent(n: int, **offset: float) -> list[cm.Prosody]:
+        drawn = random.normal(size=(n, len(cm.AROUSAL)))
+        return [prosody(**{k: v + offset.get(k, 0.0) for k, v in zip(cm.AROUSAL, row, strict=True)}) for row in drawn]
+
+    people = [(f"talk/{i}", each) for i, each in enumerate(independent(200))]
+    for offset in ({}, {"level": -12.0}, {"tilt": -12.0}, {"pitch": 6.0}):
+        turns = [("ab"[i % 2], each) for i, each in enumerate(independent(400, **offset))]
+        assert np.mean(cm.style_kept(turns, people)) == pytest.approx(0.5, abs=0.07), offset

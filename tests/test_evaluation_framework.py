@@ -303,7 +303,7 @@ def test_silenced_words_and_swapped_speakers_show_in_the_figures(tools):
         cut = speech(i).copy()
         cut[int(0.35 * len(cut)) : int(0.75 * len(cut))] = 0
         waves.append({ORIGINAL: speech(i), FULL: speech(i) * 0.7, SEMANTIC: cut})
-        rows.append({"text": SENTENCES[i]})
+        rows.append({"text": SENTENCES[i], "language": "en"})
     tally = Tally()
     listen(tools.recognizer, tally, list("abc"), rows, waves)
     figures = tally.figures(seed=0)
