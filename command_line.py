@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ def describe(error: BaseException) -> str:
         }.get(error.errno, "")
         return f"{where}{os.strerror(error.errno)}{remedy}"
     return str(error)
+
+
+def end_with_parent() -> None:
+    """For a process of a pool: a process whose parent was killed would wait for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class StopSignals:

@@ -388,14 +388,17 @@ def arousal(turns: Sequence[tuple[str, Prosody]]) -> np.ndarray:
 
 
 def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """(n,), (n,) with nan where unknown -> Spearman. NotMeasurable: under 4 pairs; 0 where one side never changes."""
+    """(n,), (n,) with nan where unknown -> Spearman; 0 where ours never changes. NotMeasurable: under 4 pairs, or
+    theirs never changes."""
     from scipy.stats import spearmanr
 
     known = np.isfinite(ours) & np.isfinite(theirs)
     if known.sum() < FEWEST_TURNS:
         raise NotMeasurable(f"fewer than {FEWEST_TURNS} turns for a rank correlation")
     ours, theirs = ours[known], theirs[known]
-    if np.ptp(ours) < 1e-9 or np.ptp(theirs) < 1e-9:
+    if np.ptp(theirs) < 1e-9:
+        raise NotMeasurable("what it is compared with never changes")
+    if np.ptp(ours) < 1e-9:
         return 0.0
     return float(spearmanr(ours, theirs).statistic)
 

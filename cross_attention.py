@@ -26,6 +26,7 @@ from transformer import (
     TransformerConfig,
     attend,
     init_matrices,
+    keep_frequencies,
     rope_angles,
     rope_frequencies,
     rotate,
@@ -202,6 +203,11 @@ class VoiceTextCrossAttention(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         init_matrices(self, residual_scale=1.0)  # the gates hold the residual stream as it was
+
+    def _apply(self, *args, **kwargs) -> VoiceTextCrossAttention:
+        super()._apply(*args, **kwargs)
+        keep_frequencies(self)
+        return self
 
     def open_gates(self) -> None:
         """Let it take part from the first step on: in a model without trained weights there is nothing to hold."""

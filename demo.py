@@ -28,9 +28,10 @@ from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
 from conversation_formats import SUMMARY
 from generation import SHIPPED, SPEAKING, Sampling, read_speaking
+from mimi_tokenizer import HUB_NAME
 from ranks import use_threads
 from run_folder import describe_environment, read_settings
-from spoken_conversations import DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
+from spoken_conversations import CSM_1B, DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
@@ -46,6 +47,7 @@ TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
         (1, "That is fantastic! When do you start?"),
     ],
 }
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names of this machine for itself
 MODES = ("interactive", "test", "batch", "web")
 TURN_SECONDS = {"test": 5.0}  # defaults of --max_seconds, else 20 ...
 LEAST_SECONDS = {"test": 1.5}  # ... and --min_seconds, else 0
@@ -64,7 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--mode", choices=MODES, default="interactive", help="see above" + shown)
     add("--checkpoint", default=str(SHIPPED), help="folder of a trained model, or sesame/csm-1b" + shown)
-    own = "folder of its tokenizer, or kyutai/mimi (default: tokenizer/ in the checkpoint, else runs/tokenizer)"
+    own = (
+        f"folder of its tokenizer, or {HUB_NAME} (default: tokenizer/ in the checkpoint, else {HUB_NAME} for {CSM_1B} "
+    )
+    own += "and runs/tokenizer for any other)"
     add("--tokenizer", help=own)
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
     add("--device", default="cpu", help="auto, cpu or cuda" + shown)
@@ -137,11 +142,9 @@ def voice_of(args: argparse.Namespace) -> Voice:
     names = ("temperature", "top_k", "min_p", "codebooks", "max_seconds", "min_seconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = Sampling(**{**read_speaking(args.checkpoint).sampling, **given})
-    own = Path(args.checkpoint) / "tokenizer"
-    tokenizer = args.tokenizer or str(own if own.is_dir() else "runs/tokenizer")
     return Voice(
         args.checkpoint,
-        tokenizer,
+        args.tokenizer or tokenizer_of(args.checkpoint),
         args.device,
         sampling,
         args.seed,
@@ -150,6 +153,14 @@ def voice_of(args: argparse.Namespace) -> Voice:
         args.raw_text,
         args.compile,
     )
+
+
+def tokenizer_of(checkpoint: str) -> str:
+    """Where the tokenizer of a checkpoint is, if nothing is said."""
+    own = Path(checkpoint) / "tokenizer"
+    if own.is_dir():
+        return str(own)
+    return HUB_NAME if checkpoint == CSM_1B else "runs/tokenizer"
 
 
 def test_requests(args: argparse.Namespace) -> list[Request]:
@@ -260,7 +271,8 @@ def serve(args: argparse.Namespace) -> int:
         note_training(args.checkpoint)
         voices = collected_voices(engine, args.data)
         with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
-            app = make_app(engine, voices, studio, Path(args.checkpoint).name)
+            hosts = LOCAL if args.host in LOCAL else ()
+            app = make_app(engine, voices, studio, Path(args.checkpoint).name, hosts)
             print(f"http://{args.host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
             hide_interruptions()
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)

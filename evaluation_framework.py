@@ -247,7 +247,8 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     report["model"] = None
     report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
     if model is not None:
-        own = {"checkpoint": file_digest(checkpoint / "model.safetensors"), "device": args.device}
+        weights = [file_digest(checkpoint / name) for name in ("model.safetensors", "config.json")]
+        own = {"checkpoint": weights, "device": args.device}
         own["hardware"] = [platform.node(), args.threads]  # what the times depend on
         own["missing"] = sorted({*tools.missing, *conversation_metrics_missing()})
         report["model"] = reuse_or_measure(

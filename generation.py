@@ -230,7 +230,11 @@ class Conversation:
         seed: int = 0,
         acoustic_batch: int | None = None,
     ):
-        check_tokenizer(model.config, tokenizer)
+        if not isinstance(model, InferenceModel):
+            check_tokenizer(model.config, tokenizer)
+        elif model.tokenizer is not tokenizer:  # its fingerprint takes longer than the rest of a new conversation
+            check_tokenizer(model.config, tokenizer)
+            model.tokenizer = tokenizer
         most = max(1, model.config.acoustic_delay)
         if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
             raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")
@@ -278,7 +282,11 @@ class Conversation:
         )
         self._make_room(self.layout.turn_length(len(ids), len(codes)), speaker if pinned else None)
         before = self.standing()
-        self._read(self.layout.turn_rows(turn, self.clock))
+        try:
+            self._read(self.layout.turn_rows(turn, self.clock))
+        except BaseException:  # also Ctrl-C: half a turn in the cache would be part of all that follows
+            self.restore(self.kept, *before)
+            raise
         if pinned:
             self.unpin(speaker)
         self._keep(turn, before, speaker if pinned else None)

@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import conversation_metrics as cm
 from audio import SAMPLE_RATE, resample
-from command_line import MissingRequirement
+from command_line import MissingRequirement, end_with_parent
 from content_recall import CONTENT_RECALL, USER, answers_to, most_between, recalled, turns_between
 from conversations import Conversation
 from listening_models import LISTENER_METRICS, EmotionRecognizer, PhoneRecognizer, Squim
@@ -503,12 +502,6 @@ def _start(start: Callable, given: tuple) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     start(*given)
-
-
-def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -27,6 +27,7 @@ class InferenceModel:
 
     def __init__(self, model: CSM, int8: bool = False, compiled: bool = False):
         self.model, self.config = model, model.config
+        self.tokenizer: object = None  # the one whose codes were found to be the model's
         self.depth = DepthLoop(model, int8, compiled)
         self.backbone = FoldedStack(model.backbone, int8).forward if int8 else model.backbone
 

@@ -23,7 +23,7 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -331,19 +331,22 @@ def failure(status: int, message: str, param: str | None = None) -> JSONResponse
 
 
 class Limited:
-    """Refuses bodies that are too long, unread. Not one of Starlette's own, behind which a response that breaks off
-    with an error looks whole."""
+    """Refuses bodies that are too long, unread, and requests by other names than `hosts`, if there are any. Not one of
+    Starlette's own, behind which a response that breaks off with an error looks whole."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, hosts: Collection[str] = ()):
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self.refusal(Request(scope)) if scope["type"] == "http" else None
         await (refusal or self.app)(scope, receive, send)
 
     def refusal(self, request: Request) -> Response | None:
+        if self.hosts and request.url.hostname not in self.hosts:  # a page elsewhere whose name leads here
+            return failure(403, f"this server answers to {', '.join(self.hosts)} only; for others: --host ADDRESS")
         length = request.headers.get("content-length", "0")
-        if request.method == "POST" and (not length.isdigit() or "content-length" not in request.headers):
+        counted = "content-length" in request.headers and "transfer-encoding" not in request.headers
+        if not length.isdigit() or (request.method == "POST" and not counted):
             return failure(411, "a body needs its length")
         if int(length) > MOST_BYTES:
             return failure(413, f"the body has {length} bytes, at most {MOST_BYTES} are taken")
@@ -391,12 +394,14 @@ def hide_interruptions() -> None:
     logging.getLogger("uvicorn.error").addFilter(lambda line: not (line.exc_info and isinstance(line.exc_info[1], cut)))
 
 
-def make_app(engine: Engine, voices: dict[str, Clip], studio: Studio, model_name: str = "csm") -> FastAPI:
-    """The server's routes; `studio` is to be closed by who made it."""
+def make_app(
+    engine: Engine, voices: dict[str, Clip], studio: Studio, model_name: str = "csm", hosts: Collection[str] = ()
+) -> FastAPI:
+    """The server's routes; `studio` is to be closed by who made it. By other names than `hosts` it cannot be asked."""
     app = FastAPI(title="Conversational Speech Model", openapi_url=None)
     talks, began = Talks(engine, voices), int(time.time())
 
-    app.add_middleware(Limited)
+    app.add_middleware(Limited, hosts=hosts)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):

@@ -27,7 +27,7 @@ from architecture import load_model
 from audio import SAMPLE_RATE, at_loudness, read_audio, rms_dbfs, write_wav
 from audio_tokenizer import AudioTokenizer
 from checkpointing import file_digest, write_atomically
-from command_line import EXIT_INPUT, describe, exit_code_of
+from command_line import EXIT_INPUT, describe, end_with_parent, exit_code_of
 from conversation_formats import RESULT, SUMMARY
 from fine_tuning import find_weights
 from generation import Conversation, Reply, Sampling
@@ -130,11 +130,17 @@ class Voice:
         """What the results depend on beside the request: settings, and which weights lie there."""
         facts: dict[str, object] = {**dataclasses.asdict(self)}
         for name in ("checkpoint", "tokenizer"):
-            weights = Path(getattr(self, name)) / "model.safetensors"
-            if weights.is_file():
-                now = weights.stat()
-                facts[f"{name}_digest"] = digest_of(weights, now.st_size, now.st_mtime_ns)
+            for file in files_of(Path(getattr(self, name))):
+                now = file.stat()
+                facts[f"{name}/{file.name}"] = digest_of(file, now.st_size, now.st_mtime_ns)
         return facts
+
+
+def files_of(weights: Path) -> list[Path]:
+    """What is read of weights: the file itself, or those of a folder that hold weights or their config."""
+    if weights.is_file():
+        return [weights]
+    return [file for kind in ("*.safetensors", "ckpt.pt", "config.json") for file in sorted(weights.glob(kind))]
 
 
 @functools.cache
@@ -421,6 +427,7 @@ def held_signals() -> Iterator[None]:
 def start_worker(voice: Voice, out: Path, threads: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # also sent to the workers; the process that started them decides
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
     WORKERS[:] = [Worker(voice, out, threads)]
 
 

@@ -28,6 +28,7 @@ ABBREVIATIONS = {
 }  # fmt: skip
 UNITS = {  # one, several
     "km/h": ("kilometer per hour", "kilometers per hour"), "mph": ("mile per hour", "miles per hour"),
+    "m/s": ("meter per second", "meters per second"),
     "km": ("kilometer", "kilometers"), "cm": ("centimeter", "centimeters"), "mm": ("millimeter", "millimeters"),
     "m": ("meter", "meters"), "kg": ("kilogram", "kilograms"), "g": ("gram", "grams"),
     "mg": ("milligram", "milligrams"),
@@ -162,7 +163,7 @@ def money(match: re.Match) -> str:
     """$5.20 -> five dollars, twenty cents; US$3M -> three million US dollars"""
     country, symbol, amount, large = match[1], match[2], match[3].replace(",", ""), LARGE.get(match[4])
     code, name = CURRENCIES[symbol]
-    if large or len(amount) > 15:
+    if large or len(amount) > 15 or len(amount.partition(".")[2]) > 2:
         words = " ".join(part for part in (number(amount), large, name) if part)
     else:
         words = num2words(amount if "." in amount else f"{amount}.00", to="currency", currency=code)
@@ -174,6 +175,12 @@ def money(match: re.Match) -> str:
 def phone(match: re.Match) -> str:
     """(555) 123-4567 -> five five five, one two three, four five six seven"""
     return ", ".join(one_by_one(digits) for digits in re.findall(r"\d+", match[0]))
+
+
+def each_of(match: re.Match) -> str:
+    """1-2-3 -> one two three; 2.0.1 -> two point zero point one"""
+    between = " point " if "." in match[0] else " "
+    return f" {between.join(map(number, re.findall(r'[0-9]+', match[0])))} "
 
 
 def long_number(digits: str) -> str:
@@ -200,6 +207,13 @@ def fraction(match: re.Match) -> str:
     return f"{num2words(upper)} {named if upper == 1 else several}"
 
 
+def mixed_fraction(match: re.Match) -> str:
+    """1 1/2 -> one and a half"""
+    if not 0 < int(match[2]) < int(match[3]):
+        return match[0]
+    return f"{number(match[1])} and {re.sub('^one ', 'a ', fraction(re.match(r'(.+)/(.+)', match[0].split()[1])))}"
+
+
 def rule(pattern: str, words: str | Callable[[re.Match], str], flags: int = 0) -> tuple:
     return re.compile(pattern, flags), words
 
@@ -208,7 +222,7 @@ units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True
 multiples = "|".join(sorted(LARGE, key=len, reverse=True))
 short = "|".join(re.escape(name) for name in sorted(ABBREVIATIONS, key=len, reverse=True))
 RULES = (
-    rule(r"(?<![\w-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])", phone),
+    rule(r"(?<![\w-])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?![\w-])", phone),
     rule(r"(?<![\w$€£-])[2-9]\d\d-(?!\d{3}0)\d{4}(?![\w%-])", phone),  # 500-1000 is a range
     rule(r"(?<=\w )[<>]=?(?=[ \d])|<=?(?=\d)", comparison),
     rule(
@@ -230,6 +244,8 @@ RULES = (
     rule(r"\b(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})\b", numeric_date),
     rule(r"\b(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4}|\d\d)\b", numeric_date),
     rule(r"\b(?P<day>\d{1,2})\.(?P<month>\d{1,2})\.(?P<year>\d{4})\b", numeric_date),
+    rule(r"\b(?P<month>\d{1,2})-(?P<day>\d{1,2})-(?P<year>\d{4})\b", numeric_date),
+    rule(r"(?<![\d-])\d{1,4}(?:-\d{1,4}){2,9}(?![\d-])|(?<![\d.])\d{1,9}(?:\.\d{1,9}){2,9}(?![\d.]\d)", each_of),
     rule(r"\b(?:24/7|9/11)\b(?!/)", lambda m: m[0].replace("/", " ")),
     rule(rf"(?<!\d)((?:{NUMBER})(?:\s?(?:{multiples}))?)\s?([$€£])(?!\d)", r"\2\1"),
     rule(rf"([$€£])({NUMBER})[-–]\1?(?=\d)", r"\2 to \1"),
@@ -239,22 +255,24 @@ RULES = (
         r"(?=(?:[A-Z]{0,2}[$€£])?\d{1,4}(?![\d-]))",
         " to ",
     ),
-    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
+    rule(rf"\b(?:[Tt]he )?(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", lambda m: date(m[2], m[1], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?![.:]\d)", lambda m: date(m[2], m[1], None)),
-    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
+    rule(rf"\b(?:[Tt]he )?(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
     rule(rf"\b({MONTH}) ((?:1[1-9]|20)\d\d)\b", lambda m: f"{month_name(m[1])} {year(m[2])}"),
     rule(r"\b([01]?\d|2[0-4])\.(?=[0-5]\d\s?[ap]\.?m\b)", r"\1:", re.IGNORECASE),
     rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
     rule(
         r"\b(\d{1,2})\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b)", lambda m: number(m[1]) + half_of_day(m[2]), re.IGNORECASE
     ),
-    rule(r"(?:(?<=[\s(])|^)-(?=[$€£]?\d)", "minus "),
+    rule(r"(?:(?<=[\s(])|^)(?:-|(?<!\d )–)(?=[$€£]?\d)", "minus "),
     rule(rf"(\b[A-Z]{{1,2}})?([$€£])\s?({NUMBER})(?:\s?({multiples})\b)?", money),
     rule(r"\b(\d{1,3}0)s\b", decade),
-    rule(r"(?<!\d)(\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1])),
+    rule(r"(?<![\d,])(\d{1,3}(?:,\d{3}){1,4}|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1].replace(",", ""))),
     rule(rf"(?<!\d)({NUMBER})\s?({units})(?!\w)", quantity),
+    rule(r"\b(\d{1,4}) (\d{1,2})/(\d{1,2})\b(?!/)", mixed_fraction),
     rule(r"\b(\d{1,4})/(\d{1,4})\b", fraction),
+    rule(r"(?<=\d)\^(?=-?\d)", " to the power of "),
     rule(r"\s*[–—]\s*|(?:\s+|^)-+\s+|--+", ", "),
     rule(r"(?<![\d.,])((?:1[1-9]|20)\d\d)(?![\d%]|[.,]\d)", lambda m: year(m[1])),
     rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {long_number(m[1])} "),

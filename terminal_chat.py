@@ -67,7 +67,8 @@ class Chat:
     def __init__(self, engine: Engine, out: Path, data: Path, play: bool, say: Callable[[str], None] = print):
         self.engine, self.out, self.data, self.say = engine, out, data, say
         self.seed, self.speaker = engine.voice.seed, 0
-        self.number = max((int(path.name[:3]) for path in out.glob("[0-9][0-9][0-9]-speaker-*.wav")), default=0)
+        numbers = (path.name.partition("-")[0] for path in out.glob("*-speaker-*.wav"))
+        self.number = max((int(number) for number in numbers if number.isdecimal()), default=0)
         self.voices: dict[int, str] = {}  # speaker -> name; their clips are the pinned turns of `talk`
         self.device = sound_device("output") if play else None
         self.records: list[TurnRecord] | None = None  # of the collected data, read when they are asked for

@@ -113,6 +113,12 @@ def rope_frequencies(config: TransformerConfig) -> Tensor:
     return frequencies * (keep + (1 - keep) / config.rope_scale)
 
 
+def keep_frequencies(module: nn.Module) -> None:
+    """Its frequencies in fp32 again, whatever the weights were converted to: bf16 is a radian off at position 1,000."""
+    if module.frequencies.dtype.itemsize < 4:
+        module.frequencies = rope_frequencies(module.config).to(module.frequencies.device)
+
+
 def rope_angles(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """(B or 1, T) positions, whole or not -> cos and sin, each (B or 1, 1, T, d), in fp32."""
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, d / 2)
@@ -246,6 +252,11 @@ class Transformer(nn.Module):
         self.recompute = False  # blocks keep only their input for the backward pass and compute the rest again
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         init_matrices(self, 1 / math.sqrt(2 * config.n_layers))
+
+    def _apply(self, *args, **kwargs) -> Transformer:
+        super()._apply(*args, **kwargs)
+        keep_frequencies(self)
+        return self
 
     def forward(
         self,

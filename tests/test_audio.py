@@ -9,7 +9,10 @@ import soundfile
 from audio import (
     FRAME_RATE,
     FRAME_SAMPLES,
+    PEAK_DBFS,
     SAMPLE_RATE,
+    TARGET_LUFS,
+    at_loudness,
     encode_pcm16,
     loudness_lufs,
     read_audio,
@@ -139,3 +142,13 @@ def test_a_wav_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no audio file at .*gone.wav"):
         read_audio(tmp_path / "gone.wav")
+
+
+def test_at_loudness_brings_speech_to_a_level_below_the_peak_and_leaves_silence():
+    quiet = 0.003 * np.random.default_rng(0).standard_normal(2 * SAMPLE_RATE).astype(np.float32)
+    for gain in (1.0, 30.0):
+        assert loudness_lufs(at_loudness(gain * quiet), SAMPLE_RATE) == pytest.approx(TARGET_LUFS, abs=0.05)
+    clicks = np.zeros(SAMPLE_RATE, dtype=np.float32)
+    clicks[::6000] = 0.1
+    assert np.abs(at_loudness(clicks)).max() == pytest.approx(10 ** (PEAK_DBFS / 20))
+    assert not at_loudness(np.zeros(SAMPLE_RATE, dtype=np.float32)).any()

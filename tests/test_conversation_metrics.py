@@ -87,7 +87,9 @@ def test_rank_correlation():
     rising = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
     assert cm.rank_correlation(rising, rising**3) == pytest.approx(1)
     assert cm.rank_correlation(rising, -rising) == pytest.approx(-1)
-    assert cm.rank_correlation(rising, np.full(5, 2.0)) == 0
+    assert cm.rank_correlation(np.full(5, 2.0), rising) == 0
+    with pytest.raises(NotMeasurable, match="never changes"):
+        cm.rank_correlation(rising, np.full(5, 2.0))
     with pytest.raises(NotMeasurable, match="fewer than 4"):
         cm.rank_correlation(rising[2:], rising[2:])
 

@@ -1,5 +1,6 @@
 """demo.py: batches are answered whatever is wrong with some, resumed, and the same in several processes; the chat."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -205,6 +206,34 @@ def test_what_lies_there_is_kept_and_what_changed_is_made_anew(flags, clip, tmp_
     next((out / "one").glob("turn-*.wav")).unlink()
     assert run(demo.main, flags(asked, temperature=0.5)) == EXIT_DONE
     assert [result["status"] for result in summary(out)] == ["done", "kept", "kept"]
+
+
+def test_a_clip_is_heard_at_one_level_however_loud_it_is(flags, clip, tmp_path):
+    turns = [{"speaker": 1, "audio": clip, "text": "I am Ann."}, {"speaker": 0, "text": "Oh."}]
+    samples = np.round(read_audio(tmp_path / "asked" / clip)[0] * 4096) / 32768  # whole numbers, also times four
+    said = []
+    for gain in (1, 4):
+        write_wav(tmp_path / "asked" / clip, gain * samples)
+        assert run(demo.main, flags([{"id": "one", "turns": turns}])) == EXIT_DONE
+        said.append((tmp_path / "out" / "one" / "turn-2-speaker-0.wav").read_bytes())
+    assert said[0] == said[1]
+
+
+def test_all_files_that_weights_are_read_from_say_which_they_are(tmp_path):
+    for name in ("model.safetensors", "transformers-00001-of-00001.safetensors", "config.json", "ckpt.pt", "notes.txt"):
+        (tmp_path / name).write_text("a")
+    voice = spoken_conversations.Voice(str(tmp_path), "none", "cpu", Sampling(), 0)
+    before = voice.identity()
+    for name in ("model.safetensors", "transformers-00001-of-00001.safetensors", "config.json", "ckpt.pt"):
+        (tmp_path / name).write_text("another")
+        assert voice.identity() != before, name
+        before = voice.identity()
+    (tmp_path / "notes.txt").write_text("another")
+    assert voice.identity() == before
+    single = dataclasses.replace(voice, checkpoint=str(tmp_path / "ckpt.pt"))
+    before = single.identity()
+    (tmp_path / "ckpt.pt").write_text("a third")
+    assert single.identity() != before
 
 
 def test_weights_written_anew_change_nothing_others_do(flags, checkpoints, tmp_path):

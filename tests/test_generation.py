@@ -601,6 +601,27 @@ def test_min_p_leaves_out_what_is_less_likely_than_a_share_of_the_likeliest():
 
 
 @pytest.mark.parametrize("make", [tiny_model, full_model])
+def test_a_turn_whose_reading_is_broken_off_was_none(talk, make, monkeypatch):
+    ours, theirs = talk(LASTING, own=make()), talk(LASTING, own=make())
+    for conversation in (ours, theirs):
+        conversation.add_turn(0, "Hello.", codes=some_codes(6))
+    end_rows = ours.model.hidden
+
+    def interrupted(*args, **kwargs):
+        end_rows(*args, **kwargs)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours.model, "hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.add_turn(1, "Good morning.", codes=some_codes(9))
+    assert len(ours.turns) == 1
+    for conversation in (ours, theirs):
+        conversation.add_turn(1, "Good evening.", codes=some_codes(4))
+    assert torch.equal(ours.speak(0, "Hello.").codes, theirs.speak(0, "Hello.").codes)
+
+
+@pytest.mark.parametrize("make", [tiny_model, full_model])
 def test_weights_in_bf16_speak_too(talk, make):
     conversation = talk(LASTING, own=make().bfloat16())
     conversation.add_turn(1, "Hello.", codes=some_codes(6))

@@ -48,12 +48,12 @@ def checkpoint(tmp_path_factory) -> Path:
 class Running:
     """A server on a free port of this machine, and what asks it."""
 
-    def __init__(self, engine, voices, speaking=4, waiting=20):
+    def __init__(self, engine, voices, speaking=4, waiting=20, hosts=()):
         self.engine, self.voices = engine, voices
         self.studio = Studio(engine, speaking, waiting, threads=1)
         own = demo.listen_on("127.0.0.1", 0)
         self.port = own.getsockname()[1]
-        app = make_app(engine, voices, self.studio, "tiny")
+        app = make_app(engine, voices, self.studio, "tiny", hosts)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [own]}, daemon=True)
         self.thread.start()
@@ -226,6 +226,18 @@ def test_a_body_without_a_length_is_refused(server):
         head = b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
         own.sendall(head)
         assert own.recv(4096).startswith(b"HTTP/1.1 411")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as own:  # the length says nothing then
+        own.sendall(head.replace(b"Transfer", b"Content-Length: 5\r\nTransfer"))
+        assert own.recv(4096).startswith(b"HTTP/1.1 411")
+
+
+def test_who_asks_by_another_name_is_refused_where_names_are_given(engine):
+    """A page elsewhere whose name leads to this machine could else use the server."""
+    with contextlib.closing(Running(engine, {}, hosts=demo.LOCAL)) as running:
+        for host in ("127.0.0.1", "localhost:8000", "[::1]:8000"):
+            assert running.connect("GET", "/v1/models", headers={"Host": host}).status == 200
+        refused = running.connect("GET", "/v1/models", headers={"Host": "evil.example"})
+        assert refused.status == 403 and b"--host ADDRESS" in refused.read()
 
 
 def test_a_talk_goes_on_from_turn_to_turn_with_words_and_voices(server):

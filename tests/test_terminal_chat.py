@@ -79,6 +79,15 @@ class Device(types.ModuleType):
         self.attempt("wait")
 
 
+def test_no_reply_is_overwritten_however_many_there_are(chat, tmp_path):
+    (tmp_path / "chat").mkdir()
+    for name in ("999-speaker-0.wav", "1000-speaker-0.wav", "my-speaker-1.wav"):
+        (tmp_path / "chat" / name).touch()
+    talk, _ = chat()
+    assert talk.run(iter(["Hello."])) == EXIT_DONE
+    assert (tmp_path / "chat" / "1001-speaker-0.wav").stat().st_size
+
+
 @pytest.mark.parametrize(
     ("fails", "note"),
     [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cross_attention import VoiceTextCrossAttention
 from transformer import KVCache, Transformer, TransformerConfig, rope_frequencies
 
 CONFIG = TransformerConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
@@ -132,3 +133,20 @@ def test_attention_within_spans_is_attention_under_their_mask(n_kv_heads):
         results.append((out.detach(), given.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.bfloat16)])
+def test_turning_is_exact_whatever_the_precision_of_the_weights(stack, move):
+    """Rounded to bf16, positions 1,000 apart would be a radian off."""
+    exact = rope_frequencies(CONFIG)
+    across = VoiceTextCrossAttention(CONFIG, d_ff=48)
+    for part in (stack, across):
+        assert torch.equal(move(part).frequencies, exact)
+        assert next(part.parameters()).dtype != torch.float32
+    assert Transformer(CONFIG).to("meta").bfloat16().frequencies.is_meta
+
+
+def test_in_bf16_only_the_distance_of_positions_counts_however_far_they_are(stack):
+    x = torch.randn(1, 40, 32).bfloat16()
+    near, far = (stack.bfloat16()(x, positions(40) + first).float() for first in (0, 3000))
+    assert (near - far).norm() < 0.02 * near.norm()
