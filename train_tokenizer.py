@@ -221,8 +221,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     refuse_other_settings(out, {**fixed, **learnt_from})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
-        folder = data / "teacher"
-        utterances.add_features(ranks.first_then_others(lambda: teacher_features(clips, folder, config.teacher)))
+        told = ranks.first_then_others(lambda: teacher_features(clips, data / "teacher", config.teacher, device))
+        utterances.add_features(told)
     if config.phone_weight and utterances.items:
         learnt_from["phones"] = ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
         refuse_other_settings(out, learnt_from)
