@@ -102,8 +102,9 @@ def show(run: Run, log: RunLog, originals: list[Tensor], waves: list[Tensor]) ->
             axis.specgram(wave[0].cpu().numpy() + 1e-6, NFFT=960, Fs=SAMPLE_RATE, noverlap=720, vmin=-140, vmax=-40)
             axis.set(title=title, ylabel="Hz")
         axes[1].set(xlabel="seconds")
-        log.tensorboard.add_figure(f"held_out/{index}", figure, run.step)  # closes the figure
-        log.tensorboard.add_audio(f"held_out/{index}", pair[1][0].cpu().clamp(-1, 1), run.step, SAMPLE_RATE)
+        step = run.step - 1  # that of the scalars
+        log.tensorboard.add_figure(f"held_out/{index}", figure, step)  # closes the figure
+        log.tensorboard.add_audio(f"held_out/{index}", pair[1][0].cpu().clamp(-1, 1), step, SAMPLE_RATE)
         if run.step <= run.config.eval_every:
             log.tensorboard.add_audio(f"held_out/{index}_original", pair[0][0].cpu(), 0, SAMPLE_RATE)
 

@@ -460,6 +460,8 @@ def test_tensorboard_has_scalars_pictures_and_audio(whole):
     assert "held_out/0" in tags["images"]
     assert {"held_out/0", "held_out/0_original"} <= set(tags["audio"])
     assert len(log.Scalars("train/loss")) == STEPS
+    for shown in (log.Scalars("held_out/mel"), log.Images("held_out/0"), log.Audio("held_out/0")):
+        assert [event.step for event in shown] == [STEPS - 1]  # a run resumed at STEPS would drop later ones
 
 
 def test_states_hold_plain_values_and_only_the_last_two_stay(whole):
