@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from audio import FRAME_SAMPLES, SAMPLE_RATE, write_wav
+from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16, write_wav
 from checkpointing import load_newest_state, save_state, write_atomically
 from codec_batches import Crops, Utterances
 from codec_training import (
@@ -47,7 +47,7 @@ from command_line import (
     only_run_in,
     run,
 )
-from conversations import load_clips
+from conversations import each_clip, load_clips
 from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
 from residual_quantizer import codebook_use
@@ -184,7 +184,8 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, 
     ValueError if there is too little.
     """
     remedy = f"collect more: python collect_data.py --sources synthetic --target_hours 0.5 --out {data}"
-    turns, clips = zip(*load_clips(data, "train", seed=seed), strict=True)
+    own = [(turn, to_pcm16(samples)) for turn, samples in each_clip(data, "train")]  # never the whole as floats
+    turns, clips = zip(*own, strict=True)
     seconds = sum(map(len, clips)) / SAMPLE_RATE
     if seconds < MIN_SECONDS:
         raise ValueError(f"{data} holds {seconds:.0f} s of training audio, {MIN_SECONDS} s are needed; {remedy}")
