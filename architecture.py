@@ -337,6 +337,8 @@ class CSM(nn.Module):
     def _depth_nats(self, states: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """(B T, D) states, (B T, k) targets -> (k - 1,) nats of codebooks 1..k-1, summed over (N,) rows."""
         codes = targets[rows]  # (N, k)
+        if not len(rows):  # a row that has no target: kernels of attention may refuse an empty batch
+            rows, codes = rows.new_zeros(1), targets.new_full((1, targets.size(1)), IGNORE)
         logits = self.depth_logits(states[rows], codes.clamp(min=0)).float().transpose(1, 2)
         return F.cross_entropy(logits, codes[:, 1:], ignore_index=IGNORE, reduction="none").sum(dim=0)
 

@@ -70,8 +70,11 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
-    """Float samples in [-1, 1] -> int16, rounded, clipped at full scale."""
-    return np.clip(np.rint(np.asarray(samples, dtype=np.float64) * 32768), -32768, 32767).astype(np.int16)
+    """Float samples in [-1, 1] -> int16, rounded, clipped at full scale; int16 as it is."""
+    samples = np.asarray(samples)
+    if samples.dtype == np.int16:
+        return samples
+    return np.clip(np.rint(samples.astype(np.float64) * 32768), -32768, 32767).astype(np.int16)
 
 
 def write_wav(path: Path, samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:

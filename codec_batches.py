@@ -35,7 +35,8 @@ class Depths(NamedTuple):
 class Crops:
     """All clips of a split in memory as 16-bit samples; every batch is a function of seed and step alone."""
 
-    def __init__(self, clips: list[np.ndarray]):
+    def __init__(self, clips: Sequence[np.ndarray]):
+        """(N,) of each clip, float or int16."""
         self.clips = [to_pcm16(clip) for clip in clips]
         lengths = np.array([len(clip) for clip in self.clips], dtype=np.float64)
         self.share = lengths / lengths.sum()
@@ -148,8 +149,8 @@ class Utterances:
     """Transcribed clips of a split; every batch is a function of seed and step alone."""
 
     def __init__(self, clips: list[tuple[str, str, np.ndarray]]):
-        """(speaker, text, samples) of each clip. Too long ones and those with too little time for their text are left
-        out; `alphabet` holds the letters that occur."""
+        """(speaker, text, samples as of `Crops`) of each clip. Too long ones and those with too little time for their
+        text are left out; `alphabet` holds the letters that occur."""
         self.alphabet = letters_of(text for _, text, _ in clips)
         self.speakers = sorted({speaker for speaker, _, _ in clips})
         self.phones: list[str] = []  # those that occur, once there is an alignment

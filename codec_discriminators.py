@@ -6,6 +6,7 @@ losses and feature matching as in EnCodec. Knows nothing of the codec. Letters: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,16 +119,17 @@ def telling_loss(real: list[list[Tensor]], estimate: list[list[Tensor]]) -> Tens
     return sum(F.relu(1 - r[-1].float()).mean() + F.relu(1 + e[-1].float()).mean() for r, e in pairs) / len(real)
 
 
-def fooling_loss(real: list[list[Tensor]], estimate: list[list[Tensor]]) -> Tensor:
+def fooling_loss(
+    real: list[list[Tensor]], estimate: list[list[Tensor]], over_processes: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
     """() of the codec: verdicts on reconstructions upwards, and feature maps like those of the recordings.
 
-    Feature maps weigh 4 to 4 as in EnCodec; their distance is relative to their own size.
+    Feature maps weigh 4 to 4 as in EnCodec; their distance is relative to their own size, the mean `over_processes`.
     """
     total = 0.0
     for r, e in zip(real, estimate, strict=True):
-        maps = [
-            F.l1_loss(ours.float(), theirs.detach().float()) / theirs.detach().float().abs().mean().clamp(min=1e-6)
-            for ours, theirs in zip(e[:-1], r[:-1], strict=True)
-        ]
-        total = total + F.relu(1 - e[-1].float()).mean() + torch.stack(maps).mean()
+        own = [theirs.detach().float() for theirs in r[:-1]]
+        sizes = over_processes(torch.stack([theirs.abs().mean() for theirs in own])).clamp(min=1e-6)
+        maps = torch.stack([F.l1_loss(ours.float(), theirs) for ours, theirs in zip(e[:-1], own, strict=True)])
+        total = total + F.relu(1 - e[-1].float()).mean() + (maps / sizes).mean()
     return total / len(real)

@@ -410,7 +410,7 @@ def adversarial_terms(run: Run, estimate: Tensor, wave: Tensor) -> dict[str, Ten
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         with torch.no_grad():
             wanted = run.discriminators(real)
-        fooling = fooling_loss(wanted, run.discriminators(estimate))
+        fooling = fooling_loss(wanted, run.discriminators(estimate), run.ranks.mean)
     run.discriminators.requires_grad_(True)
     run.teller.zero_grad(set_to_none=True)
     return {"loss": fooling, "fooling": fooling, "telling": telling}

@@ -117,7 +117,8 @@ def end_with_parent() -> None:
 class StopSignals:
     """Turns SIGINT and SIGTERM into a flag that a loop reads between two steps, so that it can save first.
 
-    Use as a context manager. `stop.received` is None or the signal number; a second signal acts at once.
+    Use as a context manager. `stop.received` is None or the number of the first signal. Ctrl-C after it acts at once;
+    SIGTERM again, as workers get it from a scheduler and from torchrun, changes nothing.
     """
 
     def __init__(self) -> None:
@@ -134,9 +135,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
 
     @property
     def exit_code(self) -> int:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,13 @@ def loudness_gains(turns: Iterable[TurnRecord]) -> dict[str, float]:
 def load_clips(
     data_dir: Path, split: str, limit: int | None = None, seed: int = 0
 ) -> list[tuple[TurnRecord, np.ndarray]]:
+    """All of `each_clip`."""
+    return list(each_clip(data_dir, split, limit, seed))
+
+
+def each_clip(
+    data_dir: Path, split: str, limit: int | None = None, seed: int = 0
+) -> Iterator[tuple[TurnRecord, np.ndarray]]:
     """Turns of a split without their bytes, and their samples (N,) at 24 kHz, loudness-normalised.
 
     `limit` takes that many at random, the same ones for the same seed. ValueError if the split is empty.
@@ -76,13 +83,13 @@ def load_clips(
     return read_clips(data_dir, {utt_id: gains[utt_id] for utt_id in chosen})
 
 
-def read_clips(data_dir: Path, gains: dict[str, float]) -> list[tuple[TurnRecord, np.ndarray]]:
+def read_clips(data_dir: Path, gains: dict[str, float]) -> Iterator[tuple[TurnRecord, np.ndarray]]:
     """The turns named in `gains`, without their bytes, and their samples (N,) at 24 kHz times that gain."""
-    return [
+    return (
         (dataclasses.replace(turn, audio=None), read_audio(turn.audio)[0] * np.float32(gains[turn.utt_id]))
         for turn in read_turns(data_dir, with_audio=True)
         if turn.utt_id in gains
-    ]
+    )
 
 
 def choose_clip(turns: list[TurnRecord], name: str, style: str | None = None) -> TurnRecord:

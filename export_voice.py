@@ -91,10 +91,11 @@ def model_card(model: CSM, checkpoint: Path, run_folder: Path, tokenizer: Path, 
     commands = [f"    {s['environment']['command']}" for s in runs.values() if "command" in s.get("environment", {})]
     figures = [f"| {key} | {value:.4g} |" for key, value in last.items() if isinstance(value, int | float)]
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    begun = [f", the {name} further from {s['init_from']}" for name, s in runs.items() if s.get("init_from")]
+    trained = f"trained by this repository{''.join(begun)}" if begun else "trained from scratch by this repository"
     parts = [
         "# Model card",
-        f"{size:.1f} million parameters and an audio tokenizer, trained from scratch by this repository. Licence of "
-        f"the weights: {LICENCE}.",
+        f"{size:.1f} million parameters and an audio tokenizer, {trained}. Licence of the weights: {LICENCE}.",
         speaking.notes,
         "## Data",
         data_line(data) + ".",

@@ -107,12 +107,17 @@ def over_ranks(count: int, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError for one that this machine does not have."""
+    """ValueError for one that this machine does not have, or has fewer of than torchrun started processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
     local = os.environ.get("LOCAL_RANK", "")  # of torchrun; the first GPU is another process's
+    if name.startswith("cuda") and local and int(local) >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc_per_node {torch.cuda.device_count()}"
+        )
     try:
         device = torch.device(name)
         torch.zeros(1, device=f"cuda:{local}" if name == "cuda" and local else device).item()
@@ -157,20 +162,14 @@ def warn_of_slow_bf16(device: torch.device) -> None:
 def join_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """This process's place as `torchrun` set it (RANK, WORLD_SIZE, LOCAL_RANK), and its device; alone without torchrun.
 
-    Processes talk by NCCL on GPUs and by Gloo on CPUs. ValueError: more processes here than GPUs.
+    Processes talk by NCCL on GPUs and by Gloo on CPUs. `device` is from `pick_device`.
     """
     n = int(os.environ.get("WORLD_SIZE", "1"))
     if n == 1:
         yield Ranks(), device
         return
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc_per_node {torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield Ranks(dist.get_rank(), n), device

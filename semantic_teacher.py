@@ -53,17 +53,24 @@ def frame_features(model: nn.Module, layer: int, samples: Tensor) -> Tensor:
 
 
 def teacher_features(
-    clips: Sequence[np.ndarray], folder: Path, name: str, model: nn.Module | None = None, layer: int = 0
+    clips: Sequence[np.ndarray],
+    folder: Path,
+    name: str,
+    device: torch.device | str,
+    model: nn.Module | None = None,
+    layer: int = 0,
 ) -> list[np.ndarray]:
-    """(T, D) float16 of each (N,) clip, from `folder` where they are; `model` for tests, else the published one."""
+    """(T, D) float16 of each (N,) clip, from `folder` where they are, else computed on `device`; `model` for tests,
+    else the published one."""
     paths = [folder / f"{name}-{hashlib.sha256(clip.tobytes()).hexdigest()[:32]}.npy" for clip in clips]
     missing = [(clip, path) for clip, path in zip(clips, paths, strict=True) if not path.is_file()]
     if missing and model is None:
         model, layer = load_teacher(name)
+        model.to(device)
     folder.mkdir(parents=True, exist_ok=True)
     for clip, path in tqdm(missing, desc=f"features of {name}", unit="clip", disable=not missing):
-        features = frame_features(model, layer, torch.from_numpy(clip.astype(np.float32) / 32768))
+        wave = torch.from_numpy(clip.astype(np.float32) / 32768).to(device)
         content = io.BytesIO()
-        np.save(content, features.half().numpy())
+        np.save(content, frame_features(model, layer, wave).half().cpu().numpy())
         write_atomically(path, content.getvalue())
     return [np.load(path) for path in paths]

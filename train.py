@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import uuid
 from pathlib import Path
@@ -22,9 +23,10 @@ import torch
 
 from architecture import CSM
 from audio_tokenizer import AudioTokenizer
+from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, first_line, only_run_in, run
 from fine_tuning import add_lora, start_from
-from generation import Sampling
+from generation import SPEAKING, Sampling, Speaking, read_speaking
 from model_sizes import PRESETS, CSMConfig
 from ranks import Ranks, join_ranks, pick_device, use_threads
 from run_folder import read_metrics
@@ -32,10 +34,11 @@ from rvq_tokenizer import load_tokenizer
 from spoken_validation import SpokenValidation
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
-from training import choose_bf16, sharded, train
+from training import WEIGHTS, choose_bf16, sharded, train
 from training_config import HELP, TrainConfig, recipe
 from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized, weight_bytes
 
+TOKENIZER = Path("runs/tokenizer")  # where all scripts look if none is given
 ADDITIONS = {  # fields of a CSMConfig that have a flag
     "acoustic_delay": "frames after which acoustic codes re-enter the backbone",
     "cross_attention_every": "backbone layers for one VoiceTextCrossAttention; 0 = none",
@@ -61,7 +64,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora_rank", type=int, help="learn a change of this rank only (LoRA); 0 = all weights")
     parser.add_argument("--lora_alpha", type=float, help="of LoRA (default: its rank)")
     parser.add_argument("--data", type=Path, help="folder of collect_data.py (default: data)")
-    codec = "of train_tokenizer.py, or kyutai/mimi (default: tokenizer/ in --init_from, else runs/tokenizer)"
+    codec = f"of train_tokenizer.py, or kyutai/mimi (default: tokenizer/ in --init_from, else {TOKENIZER})"
     parser.add_argument("--tokenizer", help=codec)
     parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
@@ -86,7 +89,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (args.model_size if not args.init_from else "fine_tuned")
     own = Path(args.init_from) / "tokenizer"
-    args.tokenizer = args.tokenizer or (own if args.init_from and own.is_dir() else Path("runs/tokenizer"))
+    args.tokenizer = args.tokenizer or (own if args.init_from and own.is_dir() else TOKENIZER)
     args.lora_alpha = float(args.lora_rank) if args.lora_alpha is None else args.lora_alpha
     return args
 
@@ -129,6 +132,7 @@ def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tup
 def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> int:
     c = settings_of(args, device, ranks)
     ranks.share_of(c.batch_rows, "batch_rows")
+    sampling_before = read_speaking(args.init_from).sampling if args.init_from else {}
     tokenizer = load_tokenizer(args.tokenizer)
     cache = TokenCache(args.data, tokenizer)
     model, new = build(args, tokenizer, c.seed)
@@ -157,7 +161,18 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
     if args.wandb and ranks.first:
         mirror_to_wandb(args.wandb, args.out)
     settings = {"data": cache.fingerprint, "init_from": args.init_from, "lora": [args.lora_rank, args.lora_alpha]}
-    return train(model, train_data, val_data, c, args.out, settings, device, ranks, spoken, new)
+    code = train(model, train_data, val_data, c, args.out, settings, device, ranks, spoken, new)
+    if ranks.first:
+        keep_speaking(sampling_before, args.out)
+    return code
+
+
+def keep_speaking(sampling: dict, folder: Path) -> None:
+    """Weights trained further are spoken with as those they began with; what these could say is not passed on."""
+    content = json.dumps(Speaking(sampling, notes="")._asdict(), indent=2) + "\n"
+    for own in (folder, folder / "best"):
+        if sampling and (own / WEIGHTS).is_file() and not (own / SPEAKING).is_file():
+            write_atomically(own / SPEAKING, content.encode())
 
 
 def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | None, gib: float, data) -> None:
@@ -171,7 +186,7 @@ def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | 
     )
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, tokenizer: Path | str) -> None:
     """What came out, in a few lines."""
     records = read_metrics(folder)
     if not records:
@@ -185,7 +200,8 @@ def report(folder: Path) -> None:
             print(f"{unit}: {found[0][0]:.3f} -> {found[-1][0]:.3f}, best {min(found)[0]:.3f} at step {min(found)[1]}")
     best = f", best ones {folder / 'best'}" if (folder / "best").is_dir() else ""
     print(f"weights {folder}{best}, picture {folder / 'losses.png'}")
-    print(f"TensorBoard: tensorboard --logdir {folder}; hear it: python demo.py --checkpoint {folder}")
+    own = "" if Path(tokenizer) == TOKENIZER else f" --tokenizer {tokenizer}"
+    print(f"TensorBoard: tensorboard --logdir {folder}; hear it: python demo.py --checkpoint {folder}{own}")
 
 
 def mirror_to_wandb(project: str, folder: Path) -> None:
@@ -218,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
             held.enter_context(only_run_in(args.out))
         code = train_in(args, device, ranks)
     if code == EXIT_DONE and ranks.first:
-        report(args.out)
+        report(args.out, args.tokenizer)
     return code
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from audio import FRAME_SAMPLES, SAMPLE_RATE, write_wav
+from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16, write_wav
 from checkpointing import load_newest_state, save_state, write_atomically
 from codec_batches import Crops, Utterances
 from codec_training import (
@@ -47,7 +47,7 @@ from command_line import (
     only_run_in,
     run,
 )
-from conversations import load_clips
+from conversations import each_clip, load_clips
 from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
 from residual_quantizer import codebook_use
@@ -102,8 +102,9 @@ def show(run: Run, log: RunLog, originals: list[Tensor], waves: list[Tensor]) ->
             axis.specgram(wave[0].cpu().numpy() + 1e-6, NFFT=960, Fs=SAMPLE_RATE, noverlap=720, vmin=-140, vmax=-40)
             axis.set(title=title, ylabel="Hz")
         axes[1].set(xlabel="seconds")
-        log.tensorboard.add_figure(f"held_out/{index}", figure, run.step)  # closes the figure
-        log.tensorboard.add_audio(f"held_out/{index}", pair[1][0].cpu().clamp(-1, 1), run.step, SAMPLE_RATE)
+        step = run.step - 1  # that of the scalars
+        log.tensorboard.add_figure(f"held_out/{index}", figure, step)  # closes the figure
+        log.tensorboard.add_audio(f"held_out/{index}", pair[1][0].cpu().clamp(-1, 1), step, SAMPLE_RATE)
         if run.step <= run.config.eval_every:
             log.tensorboard.add_audio(f"held_out/{index}_original", pair[0][0].cpu(), 0, SAMPLE_RATE)
 
@@ -183,7 +184,8 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, 
     ValueError if there is too little.
     """
     remedy = f"collect more: python collect_data.py --sources synthetic --target_hours 0.5 --out {data}"
-    turns, clips = zip(*load_clips(data, "train", seed=seed), strict=True)
+    own = [(turn, to_pcm16(samples)) for turn, samples in each_clip(data, "train")]  # never the whole as floats
+    turns, clips = zip(*own, strict=True)
     seconds = sum(map(len, clips)) / SAMPLE_RATE
     if seconds < MIN_SECONDS:
         raise ValueError(f"{data} holds {seconds:.0f} s of training audio, {MIN_SECONDS} s are needed; {remedy}")
@@ -221,8 +223,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     refuse_other_settings(out, {**fixed, **learnt_from})
     if config.teacher and utterances.items:
         clips = [item.pcm for item in utterances.items]
-        folder = data / "teacher"
-        utterances.add_features(ranks.first_then_others(lambda: teacher_features(clips, folder, config.teacher)))
+        told = ranks.first_then_others(lambda: teacher_features(clips, data / "teacher", config.teacher, device))
+        utterances.add_features(told)
     if config.phone_weight and utterances.items:
         learnt_from["phones"] = ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
         refuse_other_settings(out, learnt_from)

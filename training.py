@@ -255,7 +255,8 @@ def evaluate_losses(
         sums.append(batch_losses(model, batch, depth_rows, device, places=places))
         counts.append(count_targets(batch, depth_rows, places=places))
         no_text = places._replace(text=places.text[:0])
-        others.append(batch_losses(model, with_other_text(batch), depth_rows[:0], device, places=no_text).codebook0)
+        other = with_other_text(batch, dataset.text_tokenizer.eos)
+        others.append(batch_losses(model, other, depth_rows[:0], device, places=no_text).codebook0)
     model.train(was_training)
     values, frames = named_losses(add(sums), add(counts), "val"), int(add(counts).depth.max())
     depth = [values[f"codebooks_val/{k:02d}"] for k in range(1, model.config.n_codebooks)]
@@ -264,10 +265,11 @@ def evaluate_losses(
     return found | {"text": values.get("val/text"), "text_gain": gain}
 
 
-def with_other_text(rows: Rows) -> Rows:
+def with_other_text(rows: Rows, end: int) -> Rows:
     """(B, T) rows of the same audio with wrong text: the ids behind a turn's first ones, which name the speaker, are
-    moved on by half their number."""
+    moved on by half their number; those that `end` a text stay, so that only what is read is wrong."""
     tokens, written = rows.tokens.clone(), F.pad(rows.targets[:, :-1, -1] != IGNORE, (1, 0))
+    written &= tokens[..., -1] != end
     ids = tokens[..., -1][written]
     tokens[..., -1][written] = ids.roll(len(ids) // 2)
     return rows._replace(tokens=tokens)

@@ -337,6 +337,17 @@ def test_a_batch_without_a_frame_to_learn_still_has_its_other_losses(changes):
     loss = weighted_mean(losses, counts, EQUAL)
     loss.backward()
     assert torch.isfinite(loss)
+    assert model.depth_heads.grad is not None and not model.depth_heads.grad.any()
+
+
+def test_the_depth_decoder_never_sees_an_empty_batch():
+    """Flash attention on a GPU may refuse one."""
+    model, sizes = full_model(), []
+    rows = conversation_rows(model.config, codes=None)
+    model.depth.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    losses = model.loss(rows, every_frame(rows), semantic_rows=every_frame(rows))
+    assert len(sizes) == 2 and min(sizes) > 0
+    assert losses.depth.tolist() == [0, 0, 0]
 
 
 def test_the_amortized_share_is_redrawn_and_covers_all_frames():

@@ -66,7 +66,8 @@ def test_resampling_there_and_back_keeps_the_signal():
 
 
 def test_full_scale_is_clipped_not_wrapped():
-    assert to_pcm16(np.array([2.0, -2.0, 1.0, 0.0])).tolist() == [32767, -32768, 32767, 0]
+    samples = to_pcm16(np.array([2.0, -2.0, 1.0, 0.0]))
+    assert samples.tolist() == [32767, -32768, 32767, 0] and to_pcm16(samples) is samples
 
 
 def test_loudness_of_a_known_tone_and_of_less():

@@ -65,6 +65,22 @@ def test_nothing_is_to_be_gained_on_the_recording_itself_but_the_verdict():
     torch.testing.assert_close(fooling_loss(maps, maps), verdicts)
 
 
+def test_two_processes_want_of_their_halves_what_one_wants_of_the_batch():
+    """Also where one has the soft recordings."""
+    torch.manual_seed(0)
+    judges, wave = Discriminators(TINY), 0.1 * torch.randn(4, 2400)
+    real = tone(4, 440) * torch.tensor([1.0, 1.0, 0.01, 0.01])[:, None]
+    halves = [(judges(real[half]), judges(wave[half])) for half in (slice(2), slice(2, 4))]
+    sizes = []
+    alone = [fooling_loss(*maps, lambda own: sizes.append(own) or own) for maps in halves]
+    means = [(first + second) / 2 for first, second in zip(sizes[:4], sizes[4:], strict=True)]
+    told = iter(means * 2)
+    both = [fooling_loss(*maps, lambda own: next(told)) for maps in halves]
+    whole = fooling_loss(judges(real), judges(wave))
+    torch.testing.assert_close(sum(both) / 2, whole)
+    assert abs(sum(alone) / 2 - whole) > 0.1
+
+
 @pytest.mark.parametrize("size", ["light", "full"])
 def test_what_goes_through_keeps_its_size(size):
     """torch's own weights leave a hundredth of it, and of the gradient: such a judge never learns."""

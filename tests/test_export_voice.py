@@ -98,6 +98,15 @@ def test_the_card_of_the_best_weights_has_their_step_and_their_figures(trained, 
     assert "| spoken/wer | 0.125 |" in card and "0.875" not in card and "| model | 3 of " in card
 
 
+def test_the_card_names_what_the_weights_began_with(trained, tmp_path):
+    assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_DONE
+    assert ", trained from scratch by this repository." in (tmp_path / "voice" / "README.md").read_text()
+    (tmp_path / "run" / "settings.json").write_text('{"init_from": "sesame/csm-1b"}')
+    assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_DONE
+    card = (tmp_path / "voice" / "README.md").read_text()
+    assert ", trained by this repository, the model further from sesame/csm-1b." in card and "scratch" not in card
+
+
 def test_what_would_be_overwritten_or_not_be_spoken_is_refused(trained, tmp_path, capsys):
     for flags, message in (
         (["--out", str(tmp_path)], "would overwrite"),

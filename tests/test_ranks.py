@@ -186,6 +186,15 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(name):
         ranks.pick_device(name)
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_process_without_a_gpu_of_its_own_is_told_how_many_there_are(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    with pytest.raises(ValueError, match=r"process 7 of this machine has no GPU, there are 4; .* --nproc_per_node 4"):
+        ranks.pick_device(name)
+
+
 def test_who_asks_for_bf16_where_it_is_slower_is_told_so(monkeypatch, capsys):
     assert 0 < ranks.bf16_speed(torch.device("cpu")) < float("inf")
     for speed in (0.2, 1.5):

@@ -48,11 +48,22 @@ def test_features_follow_the_sound_in_time(model, monkeypatch):
 
 def test_features_are_computed_once(model, tmp_path, monkeypatch):
     clips = [clip(1.0), clip(1.5, 200)]
-    first = teacher_features(clips, tmp_path, "HUBERT_BASE", model, 2)
+    first = teacher_features(clips, tmp_path, "HUBERT_BASE", "cpu", model, 2)
     assert [f.dtype for f in first] == [np.float16] * 2 and len(list(tmp_path.glob("*.npy"))) == 2
     monkeypatch.setattr(semantic_teacher, "frame_features", lambda *_: pytest.fail("computed again"))
-    again = teacher_features(clips[::-1], tmp_path, "HUBERT_BASE")
+    again = teacher_features(clips[::-1], tmp_path, "HUBERT_BASE", "cpu")
     assert all(np.array_equal(a, b) for a, b in zip(first, again[::-1], strict=True))
+
+
+def test_features_are_computed_on_the_device_of_the_training(tmp_path, monkeypatch):
+    def features(model, layer, samples):
+        assert {samples.device.type, model.weight.device.type} == {"meta"}
+        return torch.ones(3, 2)
+
+    monkeypatch.setattr(semantic_teacher, "load_teacher", lambda name: (torch.nn.Linear(2, 2), 9))
+    monkeypatch.setattr(semantic_teacher, "frame_features", features)
+    found = teacher_features([clip(1.0)], tmp_path, "HUBERT_BASE", torch.device("meta"))
+    assert found[0].tolist() == [[1.0, 1.0]] * 3
 
 
 def test_weights_that_cannot_be_fetched_are_named_with_a_remedy(monkeypatch):

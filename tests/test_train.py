@@ -15,6 +15,7 @@ import transformer
 from architecture import CSM, load_model, save_model
 from checkpointing import state_files
 from command_line import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_STORAGE, run
+from generation import SPEAKING, read_speaking
 from model_sizes import PRESETS
 from run_folder import describe_environment, read_metrics
 from rvq_tokenizer import save_tokenizer
@@ -91,6 +92,21 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, flags, checkpoint):
     assert [path.name for path in state_files(out)] == ["state-00000004.pt"]
     ours, theirs = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_weights_trained_further_are_spoken_with_as_their_source_and_the_tokenizer_is_named(
+    tmp_path, flags, checkpoint, tokenizer_folder, capsys
+):
+    begin = checkpoint()
+    (begin / SPEAKING).write_text('{"sampling": {"codebooks": 2, "temperature": 0.0}, "notes": "It reads numbers."}')
+    assert run(train.main, flags(init_from=begin)) == EXIT_DONE
+    out = tmp_path / "run"
+    for folder in (out, out / "best"):
+        assert read_speaking(folder) == ({"codebooks": 2, "temperature": 0.0}, "")
+    command = f"python demo.py --checkpoint {out} --tokenizer {tokenizer_folder}\n"
+    assert command in capsys.readouterr().out
+    train.report(out, train.parse_flags([]).tokenizer)
+    assert f"python demo.py --checkpoint {out}\n" in capsys.readouterr().out
 
 
 def test_what_is_added_learns_first_and_the_rest_after_it(tmp_path, flags, checkpoint):

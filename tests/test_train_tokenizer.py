@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from codec_training import (
     train_step,
 )
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
-from conversations import load_clips
+from conversations import each_clip, load_clips
 from phone_alignments import Interval, file_name, write_phones
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import PRESETS, load_tokenizer
@@ -460,11 +461,29 @@ def test_tensorboard_has_scalars_pictures_and_audio(whole):
     assert "held_out/0" in tags["images"]
     assert {"held_out/0", "held_out/0_original"} <= set(tags["audio"])
     assert len(log.Scalars("train/loss")) == STEPS
+    for shown in (log.Scalars("held_out/mel"), log.Images("held_out/0"), log.Audio("held_out/0")):
+        assert [event.step for event in shown] == [STEPS - 1]  # a run resumed at STEPS would drop later ones
 
 
 def test_states_hold_plain_values_and_only_the_last_two_stay(whole):
     paths = state_files(whole)
     assert len(paths) <= 2 and load_state(paths[-1])["step"] == STEPS
+
+
+def test_audio_is_held_once_as_16_bit_samples_and_one_clip_at_a_time_as_floats(shared_data, monkeypatch):
+    floats, most = [], 0
+
+    def watched(*args):
+        nonlocal most
+        for turn, samples in each_clip(*args):
+            floats.append(weakref.ref(samples))
+            most = max(most, sum(each() is not None for each in floats))
+            yield turn, samples
+
+    monkeypatch.setattr(train_tokenizer, "each_clip", watched)
+    crops, _, utterances, turns = train_tokenizer.load_audio(shared_data, 0)
+    assert len(crops.clips) == len(turns) == len(floats) > 5 and most <= 2
+    assert utterances.items and all(item.pcm is crops.clips[item.clip] for item in utterances.items)
 
 
 # refusals

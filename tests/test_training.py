@@ -244,8 +244,11 @@ def test_the_depth_decoder_learns_semantic_codebooks_of_other_frames_than_those_
 
 def test_wrong_text_leaves_audio_layout_and_speakers_and_is_worth_nothing_to_a_model_that_does_not_read(datasets):
     rows = datasets[1].collate([datasets[1].plan(seed=0, epoch=0)[0]], seeds=None)
-    other = with_other_text(rows)
+    end = datasets[1].text_tokenizer.eos
+    other = with_other_text(rows, end)
     is_text = rows.mask[..., -1]
+    ends = is_text & (rows.tokens[..., -1] == end)
+    assert ends.sum() > 1 and torch.equal(other.tokens[..., -1] == end, rows.tokens[..., -1] == end)
     named = is_text & (F.pad(rows.targets[:, :-1, -1], (1, 0), value=IGNORE) == IGNORE)
     assert named.any() and torch.equal(other.tokens[named], rows.tokens[named])
     assert torch.equal(other.tokens[..., :-1], rows.tokens[..., :-1])
