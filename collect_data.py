@@ -19,9 +19,9 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -62,6 +62,7 @@ from speech_sources import (
     local_source,
     numbers_source,
     questions_source,
+    read_utf8,
     sentences_source,
     synthetic_source,
 )
@@ -167,11 +168,15 @@ class Rules:
 
     known: dict[str, str] = field(default_factory=dict)  # digest of the samples -> id of the turn that has them
     excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
+    unmatched: set[str] = field(init=False)  # those of `excluded` that have kept nothing out
     max_bytes: float = float("inf")  # of all shards together
     ids: set[str] = field(default_factory=set)  # of all turns
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
     places: set[tuple[str, int]] = field(default_factory=set)  # conversation and index of turns of earlier runs
     groups: dict[str, str] = field(default_factory=dict)  # conversation -> `split_group` of its turns of earlier runs
+
+    def __post_init__(self) -> None:
+        self.unmatched = set(self.excluded)
 
     def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
@@ -191,6 +196,7 @@ class Rules:
     def against(self, turn: TurnRecord) -> Reject | None:
         """Why a turn may not come in; None if it may."""
         named = {turn.utt_id, turn.conv_key, turn.speaker_id} & self.excluded
+        self.unmatched -= named
         reasons = [
             (bool(named), "excluded", f"by {min(named, default='')}"),
             (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
@@ -247,11 +253,24 @@ def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
 
 
 def read_excluded(path: Path | None) -> frozenset[str]:
-    """One id a line: of a turn, a conversation or a speaker; # begins a comment."""
+    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment."""
     if path is None:
         return frozenset()
-    lines = (re.split(r"(?:^|\s)#", line)[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return frozenset(line for line in lines if line)
+    lines = [line.strip() for line in read_utf8(path).splitlines()]
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def tell_unmatched(folder: Path, rules: Rules) -> None:
+    """One line about excluded ids that have kept nothing out of a collection, in this run or before."""
+    reasons = {
+        reject["detail"]
+        for path in (place for ledger in ledgers(folder) for place in ledger.parent.glob("rejects/*/*.jsonl"))
+        for reject in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if reject["reason"] == "excluded"
+    }
+    if unmatched := sorted(name for name in rules.unmatched if f"by {name}" not in reasons):
+        hint = "; a comment needs a line of its own" if any(" #" in name for name in unmatched) else ""
+        print(f"--exclude_ids: {len(unmatched)} id(s) have kept nothing out so far, the first: {unmatched[0]}{hint}")
 
 
 def fill_all(sources: list[Source], target_s: float, rules: Rules, stop: StopSignals, bar: tqdm) -> None:
@@ -328,6 +347,7 @@ def collect(args: argparse.Namespace) -> int:
         if collection.entries:
             collection.write_summary(settings)
             write_conversations(args.out)
+            tell_unmatched(whole, rules)
         elif (failed := next((source.failure for source in sources if source.failure), None)) is not None:
             raise failed
         code = conclude(args.out, sources, hours, stop)
@@ -471,7 +491,10 @@ def build_parser() -> argparse.ArgumentParser:
     loss_help = "audio per shard, the most a kill -9 loses (default: 3)"
     add("--shard_minutes", type=float, default=3.0, metavar="M", help=loss_help)
     add("--max_disk_gb", type=float, metavar="G", help="stop when the shards take so much (default: no limit)")
-    exclude_help = "file with an id a line, of turns, conversations or speakers that must not come in"
+    exclude_help = (
+        "file with an id a line, of turns, conversations or speakers that must not come in; "
+        "lines that begin with # are comments"
+    )
     add("--exclude_ids", type=Path, metavar="FILE", help=exclude_help)
     add("--shard", type=part, default=default_part(), metavar="I/N", help=PART_HELP + "; each has a folder in --out")
     vad_help = "cut silence by voice activity (silero-vad) instead of by level alone; refuse turns without speech"

@@ -97,11 +97,16 @@ def test_excluded_turns_and_speakers_do_not_come_in(tmp_path, capsys):
         recording(tmp_path / "in" / speaker, "one", len(speaker))
         recording(tmp_path / "in" / speaker, "two", 10 + len(speaker))
     banned = tmp_path / "banned.txt"
-    banned.write_text("local:anna  # asked to be left out\n\nlocal:ben/two.wav\n", encoding="utf-8")
+    banned.write_text("# asked to be left out\nlocal:anna\n\nlocal:ben/two.wav\n", encoding="utf-8")
     assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
     assert [turn.origin_url for turn in read_turns(tmp_path / "out", with_audio=False)] == ["ben/one"]
     assert reject_reasons(tmp_path / "out") == ["excluded"] * 3
-    assert "3 excluded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 excluded" in said and "--exclude_ids:" not in said
+    banned.write_text("local:anna\nlocal:ben/two.wav\nlocal:carl # twice\nlocal:dora\n")
+    assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
+    unmatched = "--exclude_ids: 2 id(s) have kept nothing out so far, the first: local:carl # twice; a comment needs"
+    assert unmatched in capsys.readouterr().out
     assert collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "none.txt")) == EXIT_INPUT
 
 
@@ -820,8 +825,8 @@ def test_an_open_quote_in_a_csv_is_one_line(tmp_path, capsys):
 
 def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hold_a_hash(tmp_path):
     path = tmp_path / "ids.txt"
-    path.write_text("\ufefflocal:a\nlocal:b#2 # why\n# nothing\n\n", encoding="utf-8")
-    assert collect_data.read_excluded(path) == {"local:a", "local:b#2"}
+    path.write_text("\ufefflocal:a\nlocal:b#2\nlocal:Episode #12/001.wav\n# nothing\n #\n\n", encoding="utf-8")
+    assert collect_data.read_excluded(path) == {"local:a", "local:b#2", "local:Episode #12/001.wav"}
 
 
 def test_a_full_collection_takes_nothing_more_at_the_next_run(tmp_path, capsys):
