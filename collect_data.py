@@ -72,6 +72,7 @@ from turn_shards import (
     Reject,
     ShardWriter,
     TurnRecord,
+    composed,
     ledgers,
     read_columns,
     read_ledger,
@@ -256,7 +257,7 @@ def read_excluded(path: Path | None) -> frozenset[str]:
     """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment."""
     if path is None:
         return frozenset()
-    lines = [line.strip() for line in read_utf8(path).splitlines()]
+    lines = [line.strip() for line in composed(read_utf8(path)).splitlines()]
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 

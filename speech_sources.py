@@ -28,7 +28,7 @@ import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
 from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
-from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
+from turn_shards import Reject, ShardWriter, TurnRecord, composed, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
@@ -116,9 +116,9 @@ def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[
 
 
 def in_utf8(recording: Recording) -> Recording:
-    """With bytes of names that are no UTF-8 written out, and without halves of characters in the text."""
+    """With names in one form (NFC), their bytes that are no UTF-8 written out; no halves of characters in the text."""
     names = ("name", "conversation", "group", "speaker")
-    changed = {name: getattr(recording, name).encode(errors="backslashreplace").decode() for name in names}
+    changed = {n: composed(getattr(recording, n).encode(errors="backslashreplace").decode()) for n in names}
     text = recording.text if recording.text is None else recording.text.encode(errors="ignore").decode()
     return dataclasses.replace(recording, text=text, **changed)
 
@@ -432,7 +432,7 @@ def can_be_read(text: str) -> bool:
 
 def local_source(given: Path, seed: int, done: set[str]) -> Source:
     """Units of a folder or manifest in an order drawn from `seed`. ValueError, FileNotFoundError: not usable at all."""
-    units = units_of("local", grouped_by_voice(read_recordings(given)), seed, done)
+    units = units_of("local", grouped_by_voice([*map(in_utf8, read_recordings(given))]), seed, done)
     return Source("local", "1", iter(units), endless=False)
 
 

@@ -113,9 +113,14 @@ class Reject:
     detail: str = ""
 
 
+def composed(name: str) -> str:
+    """One form (NFC) of what is written with accents: file systems and keyboards give several."""
+    return unicodedata.normalize("NFC", name)
+
+
 def clean_text(raw: str) -> tuple[str, str]:
     """Text as spoken and the form it was found in; the text is empty when it holds no letter or digit."""
-    text = unicodedata.normalize("NFC", raw)
+    text = composed(raw)
     text = re.sub(r"\[[^\]]*\]|<[^>]*>", " ", text)  # [noise], <unk>
     text = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text)
     text = " ".join(text.split())

@@ -36,7 +36,7 @@ from command_line import (
     run,
 )
 from conversation_formats import Recording
-from conversations import split_of
+from conversations import choose_clip, split_of
 from speech_sources import grouped_by_voice
 from turn_shards import Collection, ShardWriter, make_turn, read_ledger, read_turns
 
@@ -827,6 +827,21 @@ def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hol
     path = tmp_path / "ids.txt"
     path.write_text("\ufefflocal:a\nlocal:b#2\nlocal:Episode #12/001.wav\n# nothing\n #\n\n", encoding="utf-8")
     assert collect_data.read_excluded(path) == {"local:a", "local:b#2", "local:Episode #12/001.wav"}
+
+
+def test_names_with_accents_are_the_same_however_they_are_written(tmp_path):
+    """As macOS writes them, and as keyboards do."""
+    decomposed, composed = "Ame\u0301lie", "Am\u00e9lie"
+    recording(tmp_path / "in" / decomposed, "one", 1)
+    recording(tmp_path / "in" / "ben", "two", 2)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    turns = list(read_turns(tmp_path / "out", with_audio=False))
+    found = {(turn.speaker_id, turn.conv_key, turn.origin_url) for turn in turns}
+    assert (f"local:{composed}", f"local:{composed}/one.wav", f"{composed}/one") in found
+    assert choose_clip(turns, decomposed).speaker_id == f"local:{composed}"
+    (tmp_path / "ids.txt").write_text(f"local:{decomposed}\n", encoding="utf-8")
+    collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "ids.txt"))
+    assert [turn.speaker_id for turn in read_turns(tmp_path / "other", with_audio=False)] == ["local:ben"]
 
 
 def test_a_full_collection_takes_nothing_more_at_the_next_run(tmp_path, capsys):

@@ -16,6 +16,7 @@ import threading
 import time
 import wave
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,6 +173,12 @@ def test_the_model_and_the_page_are_there(server):
     page = content.decode()
     assert status == 200 and "<title>" in page
     assert not re.search(r"https?://", page), "the page must work without a network"
+
+
+def test_a_voice_is_found_however_its_accents_are_written():
+    talk, clip = Mock(voices={}), speech_server.Clip(torch.zeros(1, 8), "Hello.")
+    speech_server.Talks(None, {"Am\u00e9lie": clip}).with_voice(talk, 0, "Ame\u0301lie")
+    talk.add_turn.assert_called_once()
 
 
 @pytest.mark.parametrize(
