@@ -59,6 +59,7 @@ from speech_sources import (
     Source,
     Unit,
     UnitResult,
+    digest,
     local_source,
     numbers_source,
     questions_source,
@@ -170,6 +171,7 @@ class Rules:
     known: dict[str, str] = field(default_factory=dict)  # digest of the samples -> id of the turn that has them
     excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
     unmatched: set[str] = field(init=False)  # those of `excluded` that have kept nothing out
+    mark: str = field(init=False)  # of `excluded`
     max_bytes: float = float("inf")  # of all shards together
     ids: set[str] = field(default_factory=set)  # of all turns
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
@@ -177,7 +179,7 @@ class Rules:
     groups: dict[str, str] = field(default_factory=dict)  # conversation -> `split_group` of its turns of earlier runs
 
     def __post_init__(self) -> None:
-        self.unmatched = set(self.excluded)
+        self.unmatched, self.mark = set(self.excluded), digest(sorted(self.excluded))
 
     def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
@@ -230,13 +232,27 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
             break
         unit, result = step
         turns, rejects = apply_rules(result, rules)
-        writer.add(unit.id, turns, rejects)
+        writer.add(name_done(unit, rejects, rules), turns, rejects)
         bar.update(round(sum(turn.duration_s for turn in turns)))
         source.rejected += sum(reject.reason not in RULED_OUT for reject in rejects)
         if source.seen < FIRST_TURNS and source.rejected > FIRST_TURNS * MAX_REJECTED:
             source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
     writer.flush()
+
+
+def name_done(unit: Unit, rejects: list[Reject], rules: Rules) -> str:
+    """The ledger's name; a unit with refused turns is done until its files, or the ids that kept it out, change."""
+    if any(reject.reason == "excluded" for reject in rejects):
+        return f"{unit.id}@{unit.state}@{rules.mark}"
+    return f"{unit.id}@{unit.state}" if rejects and unit.state else unit.id
+
+
+def new_units(units: Iterator[Unit], done: set[str], rules: Rules) -> Iterator[Unit]:
+    """Those that would not be refused as they were before."""
+    for unit in units:
+        if done.isdisjoint((f"{unit.id}@{unit.state}", f"{unit.id}@{unit.state}@{rules.mark}")):
+            yield unit
 
 
 def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
@@ -314,7 +330,8 @@ def collect(args: argparse.Namespace) -> int:
         collection = Collection(args.out)
         if collection.adopted:
             print(f"took over {len(collection.adopted)} whole shard(s) left by an interrupted run")
-        sources = open_sources(args, collection)
+        rules = Rules(excluded=read_excluded(args.exclude_ids))
+        sources = open_sources(args, collection, rules)
         hours = args.target_hours
         if hours is None:
             hours = DEFAULT_HOURS if any(source.endless for source in sources) else None
@@ -331,8 +348,8 @@ def collect(args: argparse.Namespace) -> int:
         if args.dry_run:
             return show_plan(args.out, sources, target_s - have_s)
         check_space(args.out, target_s - have_s)
-        max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb / of
-        rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
+        if args.max_disk_gb is not None:
+            rules.max_bytes = 1e9 * args.max_disk_gb / of
         columns = ["pcm_sha256", "utt_id", "source", "speaker_id", "text", "conv_key", "turn_index", "split_group"]
         for *facts, conversation, place, group in (
             read_columns(whole, columns) if ledgers(whole) else ()
@@ -377,20 +394,21 @@ def progress_bar(hours: float | None, have_s: float) -> tqdm:
     return tqdm(total=total, initial=round(have_s), unit="s", desc="speech collected", dynamic_ncols=True)
 
 
-def open_sources(args: argparse.Namespace, collection: Collection) -> list[Source]:
+def open_sources(args: argparse.Namespace, collection: Collection, rules: Rules) -> list[Source]:
     """All requested sources that can be used, checked before anything is collected; the error if there is none."""
     sources, problems = [], []
     cleaning = Cleaning(args.vad, args.min_dnsmos, args.words)
     cleaning.check()
     for name in dict.fromkeys(args.sources):
+        done = collection.units(name)
         try:
-            source = SOURCES[name](args, collection.units(name))
+            source = SOURCES[name](args, done)
         except (MissingRequirement, ValueError, OSError) as error:
             if len(set(args.sources)) == 1:
                 raise
             problems.append((name, error))
             continue
-        own = (unit for unit in source.units if belongs(unit, *args.shard))
+        own = (unit for unit in new_units(source.units, done, rules) if belongs(unit, *args.shard))
         if any(cleaning):
             own = (unit._replace(job=functools.partial(cleaned, unit.job, cleaning)) for unit in own)
         source.units = own

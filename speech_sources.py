@@ -69,6 +69,7 @@ class Unit(NamedTuple):
     id: str
     job: Callable[[], UnitResult]  # runs in a worker process
     conversation: str = ""  # the same for every version of the unit; its id if there are no versions
+    state: str = ""  # another one when its files were written again
 
 
 @dataclass
@@ -106,12 +107,13 @@ def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[
     units = []
     for name, turns in conversations.items():
         turns.sort(key=lambda turn: turn.turn_index)
-        # what the unit holds is part of its id: turns that were refused are tried again once they are mended; those
-        # that were accepted stay as they are
-        facts = [(t.name, t.text, size_of(t.audio)) for t in turns]
-        unit_id = f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+        # what the unit holds is part of its id: turns that were refused are tried again once they are mended (by
+        # `state` also where the sizes stay), those that were accepted stay as they are
+        files = [state_of(t.audio) for t in turns]
+        unit_id = f"{name}-{digest([(t.name, t.text, size) for t, (size, _) in zip(turns, files, strict=True)])}"
         if unit_id not in done:
-            units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns), name))
+            job = functools.partial(collect_recordings, source, unit_id, turns)
+            units.append(Unit(unit_id, job, name, digest([written for _, written in files])))
     return sorted(units, key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
 
 
@@ -123,11 +125,18 @@ def in_utf8(recording: Recording) -> Recording:
     return dataclasses.replace(recording, text=text, **changed)
 
 
-def size_of(audio: Path | bytes) -> int:
-    """Bytes; -1 if there is no such file."""
+def digest(facts: list) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+
+
+def state_of(audio: Path | bytes) -> tuple[int, int]:
+    """Bytes and when they were written; -1 if there is no such file."""
     if isinstance(audio, bytes):
-        return len(audio)
-    return audio.stat().st_size if audio.is_file() else -1
+        return len(audio), 0
+    if not audio.is_file():
+        return -1, 0
+    found = audio.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> UnitResult:

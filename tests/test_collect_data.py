@@ -222,6 +222,25 @@ def test_bad_files_are_refused_with_reasons_and_a_mended_one_is_taken_on_the_nex
     assert len(ids(tmp_path / "out")) == 6
 
 
+def test_a_recording_mended_at_the_same_size_and_one_no_longer_excluded_come_in(tmp_path):
+    source, out, banned = recordings(tmp_path / "in", 3), tmp_path / "out", tmp_path / "banned.txt"
+    whole = (source / "clip000.wav").read_bytes()
+    (source / "clip000.wav").write_bytes(b"x" * len(whole))
+    banned.write_text("local:clip001.wav\n")
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_PARTIAL
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_DONE
+    assert len(ids(out)) == 1 and reject_reasons(out) == ["excluded", "unreadable_audio"]  # not tried again
+    (source / "clip000.wav").write_bytes(whole)
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_DONE
+    assert len(ids(out)) == 2
+    assert collect(out, source) == EXIT_DONE
+    assert_whole(out, 3)
+    before = (out / "shards.jsonl").read_bytes()
+    os.utime(source / "clip000.wav")
+    assert collect(out, source) == EXIT_DONE
+    assert (out / "shards.jsonl").read_bytes() == before  # what came in is not read again
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
