@@ -168,7 +168,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 class Rules:
     """What may not come in, and how much may."""
 
-    known: dict[str, str] = field(default_factory=dict)  # digest of the samples -> id of the turn that has them
+    known: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # samples -> id, speaker, text of the turn
     excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
     unmatched: set[str] = field(init=False)  # those of `excluded` that have kept nothing out
     mark: str = field(init=False)  # of `excluded`
@@ -183,7 +183,7 @@ class Rules:
 
     def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
-        self.known[pcm_sha256] = utt_id
+        self.known[pcm_sha256] = utt_id, speaker_id, text
         self.ids.add(utt_id)
         if source in VOICE_SETS:
             self.said.add((speaker_id, text.casefold()))
@@ -196,13 +196,23 @@ class Rules:
         """Not asked of single sentences: a larger release counts them anew, and their order means nothing."""
         return turn.source not in VOICE_SETS and (turn.conv_key, turn.turn_index) in self.places
 
+    def is_changed(self, turn: TurnRecord) -> bool:
+        """Whether the source has given the same samples with another text or speaker."""
+        utt_id, *told = self.known.get(turn.pcm_sha256, ("", "", ""))
+        return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and told != [turn.speaker_id, turn.text]
+
     def against(self, turn: TurnRecord) -> Reject | None:
         """Why a turn may not come in; None if it may."""
         named = {turn.utt_id, turn.conv_key, turn.speaker_id} & self.excluded
         self.unmatched -= named
+        twin = self.known.get(turn.pcm_sha256, ("",))[0]
+        changed = (
+            f"the collection holds it as {twin} with another text or speaker; collect into a new --out to change it"
+        )
         reasons = [
             (bool(named), "excluded", f"by {min(named, default='')}"),
-            (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
+            (self.is_changed(turn), "changed", changed),
+            (bool(twin), "duplicate", f"same samples as {twin}"),
             (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
             (self.is_taken(turn), "id_conflict", "the conversation has this turn already"),
             (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),

@@ -222,6 +222,15 @@ def test_bad_files_are_refused_with_reasons_and_a_mended_one_is_taken_on_the_nex
     assert len(ids(tmp_path / "out")) == 6
 
 
+def test_a_corrected_text_is_told_to_need_a_new_collection(tmp_path):
+    source, out = recordings(tmp_path / "in", 2), tmp_path / "out"
+    assert collect(out, source) == EXIT_DONE
+    (source / "clip000.txt").write_text("We are going there now.")
+    assert collect(out, source) == EXIT_PARTIAL
+    assert "with another text or speaker; collect into a new --out" in next(out.glob("rejects/*/*")).read_text()
+    assert reject_reasons(out) == ["changed"] and {turn.text for turn in read_turns(out, False)} == {TEXT}
+
+
 def test_a_recording_mended_at_the_same_size_and_one_no_longer_excluded_come_in(tmp_path):
     source, out, banned = recordings(tmp_path / "in", 3), tmp_path / "out", tmp_path / "banned.txt"
     whole = (source / "clip000.wav").read_bytes()
@@ -526,7 +535,8 @@ def test_a_sentence_a_voice_has_said_and_an_id_that_is_taken_are_refused():
 
     assert reasons(turn(0, source="common_voice"), turn(1, source="common_voice")) == ["duplicate_text"]
     assert reasons(turn(2), turn(3)) == []  # in a dialogue people repeat themselves
-    assert reasons(turn(3, text="other")) == ["duplicate"]
+    assert reasons(turn(3), turn(3, utt_id="another:set-3", text="other")) == ["duplicate"] * 2
+    assert reasons(turn(3, text="other"), turn(3, speaker_id="test:w")) == ["changed"] * 2
     assert reasons(turn(4, utt_id="test:set-3")) == ["id_conflict"]
 
 
