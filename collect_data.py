@@ -84,6 +84,10 @@ DEFAULT_HOURS = 0.5  # where a source has no end
 BYTES_PER_HOUR = 130e6  # FLAC of 22.05 kHz speech with a reserve; for the check of free space only
 
 RULED_OUT = ("duplicate", "duplicate_text", "excluded", "dnsmos")  # no sign of a source that looks wrong
+TAKEN = (
+    "the conversation has this turn already: give every turn of a manifest its turn_index, and the files and "
+    "conversations of all inputs names of their own; or collect into a new --out"
+)
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
 SOURCES = {
@@ -108,9 +112,9 @@ LOCAL_HELP = """\
 --input DIR: wav, flac, ogg or mp3 files, each with its transcript in a .txt of the same name beside it; a sub-folder is
   a speaker, every file a conversation of its own; or a folder that holds manifest.jsonl or manifest.csv
 --input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker,
-  conversation, turn_index, start (seconds from the start of the conversation), language (BCP-47), style, licence
-  (SPDX), trimmed (true: its silence is not cut). Or lines in the chat format of transformers' CsmProcessor, or of
-  moshi-finetune
+  conversation, turn_index (else the line's number), start (seconds from the start of the conversation), language
+  (BCP-47), style, licence (SPDX), trimmed (true: its silence is not cut). Or lines in the chat format of
+  transformers' CsmProcessor, or of moshi-finetune
 """
 
 
@@ -213,8 +217,12 @@ class Rules:
             (bool(named), "excluded", f"by {min(named, default='')}"),
             (self.is_changed(turn), "changed", changed),
             (bool(twin), "duplicate", f"same samples as {twin}"),
-            (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
-            (self.is_taken(turn), "id_conflict", "the conversation has this turn already"),
+            (
+                turn.utt_id in self.ids,
+                "id_conflict",
+                "another turn has this id; collect into a new --out if its audio was changed",
+            ),
+            (self.is_taken(turn), "id_conflict", TAKEN),
             (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),
         ]
         return next((Reject(utt_id=turn.utt_id, reason=r, detail=d) for found, r, d in reasons if found), None)
@@ -503,7 +511,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sources", action=Several, choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
     hours_help = "hours of speech the sources shall hold together (default: 0.5, or all where every source has an end)"
     add("--target_hours", type=float, metavar="H", help=hours_help)
-    add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
+    input_help = (
+        "your folder or manifest, for the source local; names of files and conversations must be unique over all "
+        "inputs that are collected into one --out"
+    )
+    add("--input", type=Path, metavar="PATH", help=input_help)
     local_help = "read a source from a place: an unpacked archive, or where Debian packages are unpacked (default: /)"
     add("--local", action=Several, type=place, default=[], metavar="SOURCE=DIR", help=local_help)
     voices_help = f"who speaks in synthetic, numbers, questions and sentences (default: all of {', '.join(SPEAKERS)})"

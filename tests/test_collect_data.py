@@ -806,6 +806,7 @@ def test_a_turn_that_is_in_a_conversation_is_not_taken_a_second_time_with_other_
     write_wav(source / "clip000.wav", voice_like(77, 1.4), RATE)
     assert collect(out, source) == EXIT_PARTIAL
     assert reject_reasons(out) == ["id_conflict"] and len(ids(out)) == 2
+    assert "give every turn of a manifest its turn_index" in next(out.glob("rejects/*/*")).read_text()
 
 
 def test_a_header_that_promises_terabytes_and_a_rate_that_is_no_speech_are_rejects(tmp_path):
