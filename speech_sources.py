@@ -481,7 +481,10 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 
 
 def read_folder(folder: Path) -> list[Recording]:
-    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker."""
+    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker.
+
+    A transcript without such audio names a file that does not exist, so that collecting lists it among the rejects.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise ValueError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) and no {' or '.join(MANIFESTS)} in {folder}")
@@ -502,7 +505,12 @@ def read_folder(folder: Path) -> list[Recording]:
                 name=name,
             )
         )
-    if all(turn.text is None for turn in turns):
+    heard = {path.with_suffix(".txt") for path in files}
+    for path in sorted(path for path in folder.rglob("*.txt") if path not in heard):
+        audio = path.with_suffix(f"{', '.join(AUDIO_SUFFIXES[:-1])} or {AUDIO_SUFFIXES[-1]}")
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        turns.append(Recording(audio=audio, text="", conversation=name, name=name))
+    if all(turn.text is None for turn in turns[: len(files)]):
         raise ValueError(f"no transcripts in {folder}: expected {files[0].with_suffix('.txt')} beside {files[0].name}")
     return turns
 

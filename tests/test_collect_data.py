@@ -250,6 +250,15 @@ def test_a_recording_mended_at_the_same_size_and_one_no_longer_excluded_come_in(
     assert (out / "shards.jsonl").read_bytes() == before  # what came in is not read again
 
 
+def test_a_transcript_without_audio_that_can_be_read_is_a_reject(tmp_path):
+    source = recordings(tmp_path / "in", 2)
+    (source / "clip000.wav").rename(source / "clip000.m4a")
+    assert collect(tmp_path / "out", source) == EXIT_PARTIAL
+    assert reject_reasons(tmp_path / "out") == ["missing_file"] and len(ids(tmp_path / "out")) == 1
+    detail = json.loads(next((tmp_path / "out").glob("rejects/*/*")).read_text())["detail"]
+    assert detail == f"no audio file at {source / 'clip000.wav'}, .flac, .ogg or .mp3"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
