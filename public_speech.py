@@ -8,17 +8,14 @@ consecutive utterances of a chapter become monologues, clips of one Common Voice
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
-
 from command_line import MissingRequirement, first_line
-from speech_sources import Recording, Source, Unit, units_of
+from speech_sources import Recording, Source, Unit, duration_of, units_of
 
 WINDOW_SECONDS = 110.0  # of a monologue: what fits into the context of a speech model
 VOICE_SET = 6  # clips of one speaker in a set
@@ -175,14 +172,6 @@ def monologues(name: str, chapter: Iterable[Utterance]) -> list[Recording]:
 def number_of(utterance: str) -> tuple[int, ...]:
     """Place of an utterance in its chapter, by its id."""
     return tuple(int(part) if part.isdigit() else 0 for part in utterance.replace("_", "-").split("-"))
-
-
-def duration_of(audio: Path | bytes) -> float:
-    """Seconds by the header; 0 where it cannot be read, which collecting reports."""
-    try:
-        return soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)).duration
-    except (soundfile.LibsndfileError, OSError):
-        return 0.0
 
 
 # ---- Common Voice ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
 from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
-from turn_shards import Reject, ShardWriter, TurnRecord, composed, make_turn
+from turn_shards import MAX_S, Reject, ShardWriter, TurnRecord, composed, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
@@ -54,6 +54,8 @@ READ_TOGETHER = 8  # sentences of a conversation
 PLAIN = re.compile(r"[A-Za-z][A-Za-z' ,;:?!.-]*")
 MIN_WORDS, MAX_WORDS = 3, 25
 MIN_RATE = 4_000  # Hz
+MAX_SILENCE_S = 300.0  # around a turn
+LEAST_BYTES_PER_S = 500  # of speech in any format
 FEW_GROUPS = 20  # with a tenth of them held out
 MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
 
@@ -147,6 +149,8 @@ def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> Uni
 
 
 def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord | Reject:
+    if (seconds := far_too_long(turn)) is not None:
+        return Reject(utt_id=utt_id, reason="too_long", detail=f"{seconds:.2f} s, at most {MAX_S}")
     try:
         samples, rate = load(turn)
         if rate < MIN_RATE:
@@ -180,6 +184,26 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
         "origin_url": turn.name,
     }
     return make_turn(samples, rate, turn.text, **facts | dict(turn.facts))
+
+
+def duration_of(audio: Path | bytes) -> float:
+    """Seconds by the header; 0 where it cannot be read, which collecting reports."""
+    try:
+        return soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)).duration
+    except (soundfile.LibsndfileError, OSError):
+        return 0.0
+
+
+def far_too_long(turn: Recording) -> float | None:
+    """Seconds of a file that no cut of its silence makes a turn of, so that it need not be read; None of any other.
+
+    A header that promises more than the file can hold is for the reader to refuse.
+    """
+    size, _ = state_of(turn.audio)
+    if turn.span is not None or size < (MAX_S + MAX_SILENCE_S) * LEAST_BYTES_PER_S:
+        return None
+    seconds = duration_of(turn.audio)
+    return seconds if MAX_S + MAX_SILENCE_S < seconds <= size / LEAST_BYTES_PER_S else None
 
 
 def load(turn: Recording) -> tuple[np.ndarray, int]:

@@ -259,6 +259,15 @@ def test_a_transcript_without_audio_that_can_be_read_is_a_reject(tmp_path):
     assert detail == f"no audio file at {source / 'clip000.wav'}, .flac, .ogg or .mp3"
 
 
+def test_a_recording_of_hours_is_refused_without_being_read(tmp_path, monkeypatch):
+    source, load = recordings(tmp_path / "in", 1), speech_sources.load
+    write_wav(source / "long.wav", np.tile(voice_like(1), 300), RATE)
+    (source / "long.txt").write_text(TEXT)
+    monkeypatch.setattr(speech_sources, "load", lambda turn: load(turn) if turn.name != "long" else 1 / 0)
+    assert collect(tmp_path / "out", source) == EXIT_PARTIAL
+    assert reject_reasons(tmp_path / "out") == ["too_long"] and len(ids(tmp_path / "out")) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
