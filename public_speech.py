@@ -119,6 +119,7 @@ def hub_rows(name: str) -> Iterator[dict]:
 def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterator[dict]:
     """Rows of Parquet `files` with undecoded audio. MissingRequirement: out of reach; ValueError: `columns` missing."""
     import datasets
+    from huggingface_hub.errors import HTTPError  # of whatever library it speaks HTTP with
 
     def unreachable(error: Exception) -> MissingRequirement:
         reason = first_line(error)
@@ -126,7 +127,7 @@ def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterat
 
     try:
         rows = datasets.load_dataset("parquet", data_files={"wanted": files}, split="wanted", streaming=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise unreachable(error) from error
     missing = columns - set(rows.column_names or ())
     if rows.column_names and missing:
@@ -134,7 +135,7 @@ def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterat
         raise ValueError(f"{name} on the hub lacks {lacking}; found {found}; {remedy}")
     try:
         yield from rows.cast_column("audio", datasets.Audio(decode=False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise unreachable(error) from error
 
 
