@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
+
 from command_line import MissingRequirement, first_line
-from speech_sources import Recording, Source, Unit, duration_of, units_of
+from speech_sources import Recording, Source, Unit, digest, duration_of, units_of
 
 WINDOW_SECONDS = 110.0  # of a monologue: what fits into the context of a speech model
 VOICE_SET = 6  # clips of one speaker in a set
@@ -196,7 +198,10 @@ def common_voice_source(local: Path | None, release: str | None, seed: int, done
 
 
 def fetch_release(release: str | None) -> Path:
-    """The folder of a release that Mozilla's client has downloaded; an interrupted download goes on."""
+    """The folder of a release that Mozilla's client has downloaded; an interrupted download goes on.
+
+    Of several processes one downloads, the others wait for it.
+    """
     if not os.environ.get("MDC_API_KEY") or not release:
         raise MissingRequirement(
             "Common Voice is only given out by Mozilla Data Collective since October 2025, the copies on the Hugging "
@@ -208,8 +213,11 @@ def fetch_release(release: str | None) -> Path:
     except ImportError as error:
         remedy = "python setup_environment.py --extras data eval common-voice (Python 3.12 or later)"
         raise MissingRequirement(f"Common Voice needs Mozilla's client: {remedy}") from error
+    folder = Path(os.environ.get("MDC_DOWNLOAD_PATH") or "~/.mozdata/datasets").expanduser()  # the client's
     try:
-        return download_dataset(release, extract=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f".{digest([release])}.lock"):
+            return download_dataset(release, extract=True)
     except (RuntimeError, PermissionError, FileNotFoundError) as error:
         raise MissingRequirement(f"Common Voice release {release} cannot be had: {error}") from error
 

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -221,6 +223,24 @@ def test_common_voice_without_a_release_explains_where_it_is(tmp_path, monkeypat
     assert "Mozilla Data Collective" in error and "MDC_API_KEY" in error and "--local common_voice=DIR" in error
     with pytest.raises(ValueError, match=r"holds no validated\.tsv"):
         common_voice_source(tmp_path, None, 0, set())
+
+
+def test_two_parts_do_not_download_a_release_at_once(tmp_path, monkeypatch):
+    at_once, most = [], []
+
+    def download_dataset(release, extract):
+        at_once.append(release)
+        most.append(len(at_once))
+        time.sleep(0.2)
+        at_once.pop()
+        return tmp_path / release
+
+    monkeypatch.setitem(sys.modules, "datacollective", Mock(download_dataset=download_dataset))
+    monkeypatch.setenv("MDC_API_KEY", "key")
+    monkeypatch.setenv("MDC_DOWNLOAD_PATH", str(tmp_path / "downloads"))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(public_speech.fetch_release, ["cv"] * 2)) == [tmp_path / "cv"] * 2
+    assert most == [1, 1]
 
 
 def test_missing_column_and_wrong_folder_are_named(common_voice, tmp_path, capsys):
