@@ -107,15 +107,16 @@ def over_ranks(count: int, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError for one that this machine does not have."""
+    """Under torchrun `cuda` is the GPU of this process. ValueError for one that this machine does not have."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} asked for, but this torch sees no CUDA; use --device cpu")
-    local = os.environ.get("LOCAL_RANK", "")  # of torchrun; the first GPU is another process's
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")):  # the first GPU is another process's
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=f"cuda:{local}" if name == "cuda" and local else device).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the words of every backend are other ones
         raise ValueError(f"device {name!r} cannot be used here; give auto, cpu or cuda") from error
     return device
