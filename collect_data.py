@@ -19,9 +19,9 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -59,9 +59,11 @@ from speech_sources import (
     Source,
     Unit,
     UnitResult,
+    digest,
     local_source,
     numbers_source,
     questions_source,
+    read_utf8,
     sentences_source,
     synthetic_source,
 )
@@ -71,6 +73,8 @@ from turn_shards import (
     Reject,
     ShardWriter,
     TurnRecord,
+    composed,
+    is_nameless,
     ledgers,
     read_columns,
     read_ledger,
@@ -81,6 +85,10 @@ DEFAULT_HOURS = 0.5  # where a source has no end
 BYTES_PER_HOUR = 130e6  # FLAC of 22.05 kHz speech with a reserve; for the check of free space only
 
 RULED_OUT = ("duplicate", "duplicate_text", "excluded", "dnsmos")  # no sign of a source that looks wrong
+TAKEN = (
+    "the conversation has this turn already: give every turn of a manifest its turn_index, and the files and "
+    "conversations of all inputs names of their own; or collect into a new --out"
+)
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
 SOURCES = {
@@ -104,10 +112,10 @@ SOURCES = {
 LOCAL_HELP = """\
 --input DIR: wav, flac, ogg or mp3 files, each with its transcript in a .txt of the same name beside it; a sub-folder is
   a speaker, every file a conversation of its own; or a folder that holds manifest.jsonl or manifest.csv
---input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker,
-  conversation, turn_index, start (seconds from the start of the conversation), language (BCP-47), style, licence
-  (SPDX), trimmed (true: its silence is not cut). Or lines in the chat format of transformers' CsmProcessor, or of
-  moshi-finetune
+--input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker
+  (else one of each conversation's own), conversation, turn_index (else the line's number), start (seconds from the
+  start of the conversation), language (BCP-47), style, licence (SPDX), trimmed (true: its silence is not cut). Or lines
+  in the chat format of transformers' CsmProcessor, or of moshi-finetune
 """
 
 
@@ -165,17 +173,22 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 class Rules:
     """What may not come in, and how much may."""
 
-    known: dict[str, str] = field(default_factory=dict)  # digest of the samples -> id of the turn that has them
+    known: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # samples -> id, speaker, text of the turn
     excluded: frozenset[str] = frozenset()  # ids of turns, conversations or speakers
+    unmatched: set[str] = field(init=False)  # those of `excluded` that have kept nothing out
+    mark: str = field(init=False)  # of `excluded`
     max_bytes: float = float("inf")  # of all shards together
     ids: set[str] = field(default_factory=set)  # of all turns
     said: set[tuple[str, str]] = field(default_factory=set)  # speaker and text of the single sentences
     places: set[tuple[str, int]] = field(default_factory=set)  # conversation and index of turns of earlier runs
     groups: dict[str, str] = field(default_factory=dict)  # conversation -> `split_group` of its turns of earlier runs
 
+    def __post_init__(self) -> None:
+        self.unmatched, self.mark = set(self.excluded), digest(sorted(self.excluded))
+
     def learn(self, pcm_sha256: str, utt_id: str, source: str, speaker_id: str, text: str) -> None:
         """What is in the collection, or comes in now, is known from then on."""
-        self.known[pcm_sha256] = utt_id
+        self.known[pcm_sha256] = utt_id, speaker_id, text
         self.ids.add(utt_id)
         if source in VOICE_SETS:
             self.said.add((speaker_id, text.casefold()))
@@ -188,14 +201,30 @@ class Rules:
         """Not asked of single sentences: a larger release counts them anew, and their order means nothing."""
         return turn.source not in VOICE_SETS and (turn.conv_key, turn.turn_index) in self.places
 
+    def is_changed(self, turn: TurnRecord) -> bool:
+        """Whether the source has given the same samples with another text or speaker."""
+        utt_id, speaker, text = self.known.get(turn.pcm_sha256, ("", "", ""))
+        named = composed(speaker) != turn.speaker_id and not (is_nameless(speaker) and is_nameless(turn.speaker_id))
+        return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and (named or text != turn.text)
+
     def against(self, turn: TurnRecord) -> Reject | None:
         """Why a turn may not come in; None if it may."""
         named = {turn.utt_id, turn.conv_key, turn.speaker_id} & self.excluded
+        self.unmatched -= named
+        twin = self.known.get(turn.pcm_sha256, ("",))[0]
+        changed = (
+            f"the collection holds it as {twin} with another text or speaker; collect into a new --out to change it"
+        )
         reasons = [
             (bool(named), "excluded", f"by {min(named, default='')}"),
-            (turn.pcm_sha256 in self.known, "duplicate", f"same samples as {self.known.get(turn.pcm_sha256)}"),
-            (turn.utt_id in self.ids, "id_conflict", "another turn has this id"),
-            (self.is_taken(turn), "id_conflict", "the conversation has this turn already"),
+            (self.is_changed(turn), "changed", changed),
+            (bool(twin), "duplicate", f"same samples as {twin}"),
+            (
+                turn.utt_id in self.ids,
+                "id_conflict",
+                "another turn has this id; collect into a new --out if its audio was changed",
+            ),
+            (self.is_taken(turn), "id_conflict", TAKEN),
             (self.has_said(turn), "duplicate_text", "a sentence that this speaker has said before"),
         ]
         return next((Reject(utt_id=turn.utt_id, reason=r, detail=d) for found, r, d in reasons if found), None)
@@ -223,13 +252,27 @@ def fill(source: Source, goal_s: float, rules: Rules, stop: StopSignals, bar: tq
             break
         unit, result = step
         turns, rejects = apply_rules(result, rules)
-        writer.add(unit.id, turns, rejects)
+        writer.add(name_done(unit, rejects, rules), turns, rejects)
         bar.update(round(sum(turn.duration_s for turn in turns)))
         source.rejected += sum(reject.reason not in RULED_OUT for reject in rejects)
         if source.seen < FIRST_TURNS and source.rejected > FIRST_TURNS * MAX_REJECTED:
             source.ended = f"stopped: {source.rejected} of its first {FIRST_TURNS} turns rejected, it looks wrong"
         source.seen += len(turns) + len(rejects)
     writer.flush()
+
+
+def name_done(unit: Unit, rejects: list[Reject], rules: Rules) -> str:
+    """The ledger's name; a unit with refused turns is done until its files, or the ids that kept it out, change."""
+    if any(reject.reason == "excluded" for reject in rejects):
+        return f"{unit.id}@{unit.state}@{rules.mark}"
+    return f"{unit.id}@{unit.state}" if rejects and unit.state else unit.id
+
+
+def new_units(units: Iterator[Unit], done: set[str], rules: Rules) -> Iterator[Unit]:
+    """Those that would not be refused as they were before."""
+    for unit in units:
+        if done.isdisjoint((f"{unit.id}@{unit.state}", f"{unit.id}@{unit.state}@{rules.mark}")):
+            yield unit
 
 
 def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
@@ -247,11 +290,24 @@ def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
 
 
 def read_excluded(path: Path | None) -> frozenset[str]:
-    """One id a line: of a turn, a conversation or a speaker; # begins a comment."""
+    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment."""
     if path is None:
         return frozenset()
-    lines = (re.split(r"(?:^|\s)#", line)[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    return frozenset(line for line in lines if line)
+    lines = [line.strip() for line in composed(read_utf8(path)).splitlines()]
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def tell_unmatched(folder: Path, rules: Rules) -> None:
+    """One line about excluded ids that have kept nothing out of a collection, in this run or before."""
+    reasons = {
+        reject["detail"]
+        for path in (place for ledger in ledgers(folder) for place in ledger.parent.glob("rejects/*/*.jsonl"))
+        for reject in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if reject["reason"] == "excluded"
+    }
+    if unmatched := sorted(name for name in rules.unmatched if f"by {name}" not in reasons):
+        hint = "; a comment needs a line of its own" if any(" #" in name for name in unmatched) else ""
+        print(f"--exclude_ids: {len(unmatched)} id(s) have kept nothing out so far, the first: {unmatched[0]}{hint}")
 
 
 def fill_all(sources: list[Source], target_s: float, rules: Rules, stop: StopSignals, bar: tqdm) -> None:
@@ -294,7 +350,8 @@ def collect(args: argparse.Namespace) -> int:
         collection = Collection(args.out)
         if collection.adopted:
             print(f"took over {len(collection.adopted)} whole shard(s) left by an interrupted run")
-        sources = open_sources(args, collection)
+        rules = Rules(excluded=read_excluded(args.exclude_ids))
+        sources = open_sources(args, collection, rules)
         hours = args.target_hours
         if hours is None:
             hours = DEFAULT_HOURS if any(source.endless for source in sources) else None
@@ -311,8 +368,8 @@ def collect(args: argparse.Namespace) -> int:
         if args.dry_run:
             return show_plan(args.out, sources, target_s - have_s)
         check_space(args.out, target_s - have_s)
-        max_bytes = float("inf") if args.max_disk_gb is None else 1e9 * args.max_disk_gb / of
-        rules = Rules(excluded=read_excluded(args.exclude_ids), max_bytes=max_bytes)
+        if args.max_disk_gb is not None:
+            rules.max_bytes = 1e9 * args.max_disk_gb / of
         columns = ["pcm_sha256", "utt_id", "source", "speaker_id", "text", "conv_key", "turn_index", "split_group"]
         for *facts, conversation, place, group in (
             read_columns(whole, columns) if ledgers(whole) else ()
@@ -328,6 +385,7 @@ def collect(args: argparse.Namespace) -> int:
         if collection.entries:
             collection.write_summary(settings)
             write_conversations(args.out)
+            tell_unmatched(whole, rules)
         elif (failed := next((source.failure for source in sources if source.failure), None)) is not None:
             raise failed
         code = conclude(args.out, sources, hours, stop)
@@ -356,20 +414,21 @@ def progress_bar(hours: float | None, have_s: float) -> tqdm:
     return tqdm(total=total, initial=round(have_s), unit="s", desc="speech collected", dynamic_ncols=True)
 
 
-def open_sources(args: argparse.Namespace, collection: Collection) -> list[Source]:
+def open_sources(args: argparse.Namespace, collection: Collection, rules: Rules) -> list[Source]:
     """All requested sources that can be used, checked before anything is collected; the error if there is none."""
     sources, problems = [], []
     cleaning = Cleaning(args.vad, args.min_dnsmos, args.words)
     cleaning.check()
     for name in dict.fromkeys(args.sources):
+        done = collection.units(name)
         try:
-            source = SOURCES[name](args, collection.units(name))
+            source = SOURCES[name](args, done)
         except (MissingRequirement, ValueError, OSError) as error:
             if len(set(args.sources)) == 1:
                 raise
             problems.append((name, error))
             continue
-        own = (unit for unit in source.units if belongs(unit, *args.shard))
+        own = (unit for unit in new_units(source.units, done, rules) if belongs(unit, *args.shard))
         if any(cleaning):
             own = (unit._replace(job=functools.partial(cleaned, unit.job, cleaning)) for unit in own)
         source.units = own
@@ -454,7 +513,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sources", action=Several, choices=list(SOURCES), default=["synthetic"], help="default: synthetic")
     hours_help = "hours of speech the sources shall hold together (default: 0.5, or all where every source has an end)"
     add("--target_hours", type=float, metavar="H", help=hours_help)
-    add("--input", type=Path, metavar="PATH", help="your folder or manifest, for the source local")
+    input_help = (
+        "your folder or manifest, for the source local; names of files and conversations must be unique over all "
+        "inputs that are collected into one --out"
+    )
+    add("--input", type=Path, metavar="PATH", help=input_help)
     local_help = "read a source from a place: an unpacked archive, or where Debian packages are unpacked (default: /)"
     add("--local", action=Several, type=place, default=[], metavar="SOURCE=DIR", help=local_help)
     voices_help = f"who speaks in synthetic, numbers, questions and sentences (default: all of {', '.join(SPEAKERS)})"
@@ -471,7 +534,10 @@ def build_parser() -> argparse.ArgumentParser:
     loss_help = "audio per shard, the most a kill -9 loses (default: 3)"
     add("--shard_minutes", type=float, default=3.0, metavar="M", help=loss_help)
     add("--max_disk_gb", type=float, metavar="G", help="stop when the shards take so much (default: no limit)")
-    exclude_help = "file with an id a line, of turns, conversations or speakers that must not come in"
+    exclude_help = (
+        "file with an id a line, of turns, conversations or speakers that must not come in; "
+        "lines that begin with # are comments"
+    )
     add("--exclude_ids", type=Path, metavar="FILE", help=exclude_help)
     add("--shard", type=part, default=default_part(), metavar="I/N", help=PART_HELP + "; each has a folder in --out")
     vad_help = "cut silence by voice activity (silero-vad) instead of by level alone; refuse turns without speech"

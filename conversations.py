@@ -20,7 +20,7 @@ import numpy as np
 
 from audio import PEAK_DBFS, TARGET_LUFS, read_audio
 from checkpointing import write_atomically
-from turn_shards import TurnRecord, read_turns
+from turn_shards import TurnRecord, composed, read_turns
 
 SPLITS = ("train", "val", "test")
 VOICE_SETS = ("common_voice",)  # sources whose conversations are sentences without connection
@@ -97,7 +97,8 @@ def choose_clip(turns: list[TurnRecord], name: str, style: str | None = None) ->
 
     `name` is a speaker's, with or without the source before the colon.
     """
-    own = [turn for turn in turns if name in (turn.speaker_id, turn.speaker_id.split(":")[-1])]
+    speakers = [composed(turn.speaker_id) for turn in turns]
+    own = [t for t, s in zip(turns, speakers, strict=True) if composed(name) in (s, s.split(":")[-1])]
     if not own:
         raise ValueError(f"the collected data holds no voice {name!r}")
     fitting = [turn for turn in own if style in (None, turn.style)]

@@ -33,6 +33,7 @@ from conversations import (
     write_conversations,
 )
 from frames import IGNORE, Clock, FrameLayout, Rows, Turn, concatenate
+from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
 from text_tokenizer import TextTokenizer, encode_turn, prompt_length
 from token_cache import TokenCache, tokenise
@@ -348,12 +349,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", type=Path, default=Path("data"), help="folder of collect_data.py (default: data)")
     add("--tokenizer", metavar="DIR", help="make the tokens of this tokenizer, or of kyutai/mimi (default: none)")
-    add("--device", default="cpu", help="of the tokenizer (default: cpu)")
+    add("--device", default="cpu", help="of the tokenizer: auto, cpu or cuda (default: cpu)")
     add("--shard", type=part, default=default_part(), metavar="I/N", help=PART_HELP)
     args = parser.parse_args(argv)
     if args.tokenizer:
-        index, of = args.shard
-        made = tokenise(args.data, load_tokenizer(args.tokenizer, args.device), args.device, index, of)
+        (index, of), device = args.shard, pick_device(args.device)
+        made = tokenise(args.data, load_tokenizer(args.tokenizer, device), device, index, of)
         print(f"tokens of {made} shard(s) made" + (f" by part {index} of {of}" if of > 1 else ""))
     if args.shard[0] == 0:
         write_conversations(args.data)

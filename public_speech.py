@@ -8,17 +8,16 @@ consecutive utterances of a chapter become monologues, clips of one Common Voice
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
+import filelock
 
 from command_line import MissingRequirement, first_line
-from speech_sources import Recording, Source, Unit, units_of
+from speech_sources import Recording, Source, Unit, digest, duration_of, units_of
 
 WINDOW_SECONDS = 110.0  # of a monologue: what fits into the context of a speech model
 VOICE_SET = 6  # clips of one speaker in a set
@@ -122,6 +121,7 @@ def hub_rows(name: str) -> Iterator[dict]:
 def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterator[dict]:
     """Rows of Parquet `files` with undecoded audio. MissingRequirement: out of reach; ValueError: `columns` missing."""
     import datasets
+    from huggingface_hub.errors import HTTPError  # of whatever library it speaks HTTP with
 
     def unreachable(error: Exception) -> MissingRequirement:
         reason = first_line(error)
@@ -129,7 +129,7 @@ def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterat
 
     try:
         rows = datasets.load_dataset("parquet", data_files={"wanted": files}, split="wanted", streaming=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise unreachable(error) from error
     missing = columns - set(rows.column_names or ())
     if rows.column_names and missing:
@@ -137,7 +137,7 @@ def stream_rows(name: str, files: str, columns: set[str], remedy: str) -> Iterat
         raise ValueError(f"{name} on the hub lacks {lacking}; found {found}; {remedy}")
     try:
         yield from rows.cast_column("audio", datasets.Audio(decode=False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise unreachable(error) from error
 
 
@@ -177,14 +177,6 @@ def number_of(utterance: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in utterance.replace("_", "-").split("-"))
 
 
-def duration_of(audio: Path | bytes) -> float:
-    """Seconds by the header; 0 where it cannot be read, which collecting reports."""
-    try:
-        return soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)).duration
-    except (soundfile.LibsndfileError, OSError):
-        return 0.0
-
-
 # ---- Common Voice ----------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +198,10 @@ def common_voice_source(local: Path | None, release: str | None, seed: int, done
 
 
 def fetch_release(release: str | None) -> Path:
-    """The folder of a release that Mozilla's client has downloaded; an interrupted download goes on."""
+    """The folder of a release that Mozilla's client has downloaded; an interrupted download goes on.
+
+    Of several processes one downloads, the others wait for it.
+    """
     if not os.environ.get("MDC_API_KEY") or not release:
         raise MissingRequirement(
             "Common Voice is only given out by Mozilla Data Collective since October 2025, the copies on the Hugging "
@@ -218,8 +213,11 @@ def fetch_release(release: str | None) -> Path:
     except ImportError as error:
         remedy = "python setup_environment.py --extras data eval common-voice (Python 3.12 or later)"
         raise MissingRequirement(f"Common Voice needs Mozilla's client: {remedy}") from error
+    folder = Path(os.environ.get("MDC_DOWNLOAD_PATH") or "~/.mozdata/datasets").expanduser()  # the client's
     try:
-        return download_dataset(release, extract=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f".{digest([release])}.lock"):
+            return download_dataset(release, extract=True)
     except (RuntimeError, PermissionError, FileNotFoundError) as error:
         raise MissingRequirement(f"Common Voice release {release} cannot be had: {error}") from error
 

@@ -107,7 +107,8 @@ def over_ranks(count: int, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """ValueError for one that this machine does not have, or has fewer of than torchrun started processes."""
+    """Under torchrun `cuda` is the GPU of this process. ValueError for one that this machine does not have, or has fewer
+    of than torchrun started processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -118,9 +119,11 @@ def pick_device(name: str) -> torch.device:
             f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
             f"start torchrun with --nproc_per_node {torch.cuda.device_count()}"
         )
+    if name == "cuda" and local:
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=f"cuda:{local}" if name == "cuda" and local else device).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the words of every backend are other ones
         raise ValueError(f"device {name!r} cannot be used here; give auto, cpu or cuda") from error
     return device

@@ -439,7 +439,7 @@ def save_tokenizer(tokenizer: RVQTokenizer, folder: Path) -> None:
     save_weights(folder, KIND, dataclasses.asdict(tokenizer.config), tokenizer.state_dict())
 
 
-def load_tokenizer(folder: Path | str, device: str = "cpu") -> AudioTokenizer:
+def load_tokenizer(folder: Path | str, device: torch.device | str = "cpu") -> AudioTokenizer:
     """A tokenizer written by `save_tokenizer`, or Mimi by its hub name or from its folder; for use, not for training.
 
     ValueError or FileNotFoundError if there is none.

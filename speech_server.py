@@ -46,7 +46,7 @@ from generation import Conversation
 from speaking_together import Together
 from spoken_conversations import Engine, turns_of
 from text_tokenizer import turn_text
-from turn_shards import ledgers, read_turns
+from turn_shards import composed, is_nameless, ledgers, read_turns
 
 PAGE = Path(__file__).with_name("web_page.html")
 MOST_INPUT = 4096  # characters, as OpenAI's
@@ -91,14 +91,15 @@ def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
     if not ledgers(data):
         return {}
     turns = list(read_turns(data, with_audio=False))
-    chosen = [choose_clip(turns, name) for name in sorted({turn.speaker_id for turn in turns})[:MOST_VOICES]]
+    names = sorted({turn.speaker_id for turn in turns}, key=lambda name: (is_nameless(name), name))
+    chosen = [choose_clip(turns, name) for name in names[:MOST_VOICES]]
     gains = loudness_gains(turns)
     clips = {}
     for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):
         wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
         with torch.inference_mode():
             codes = engine.tokenizer.encode(wave.to(engine.device))[0].cpu()
-        clips[turn.speaker_id.split(":")[-1]] = Clip(codes, turn.text)
+        clips[composed(turn.speaker_id).split(":")[-1]] = Clip(codes, turn.text)
     return dict(sorted(clips.items()))
 
 
@@ -380,6 +381,7 @@ class Talks:
         if voice == NO_VOICE:
             talk.unpin(speaker)
         if self.voices and voice not in (None, "", NO_VOICE):
+            voice = composed(voice)
             if voice not in self.voices:
                 raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
             clip, heard = self.voices[voice], talk.voices.get(speaker)

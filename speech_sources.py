@@ -28,7 +28,7 @@ import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
 from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
-from turn_shards import Reject, ShardWriter, TurnRecord, make_turn
+from turn_shards import MAX_S, NAMELESS, Reject, ShardWriter, TurnRecord, composed, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
@@ -54,6 +54,8 @@ READ_TOGETHER = 8  # sentences of a conversation
 PLAIN = re.compile(r"[A-Za-z][A-Za-z' ,;:?!.-]*")
 MIN_WORDS, MAX_WORDS = 3, 25
 MIN_RATE = 4_000  # Hz
+MAX_SILENCE_S = 300.0  # around a turn
+LEAST_BYTES_PER_S = 500  # of speech in any format
 FEW_GROUPS = 20  # with a tenth of them held out
 MAX_MISSING_S = 0.2  # of a span: word times are not exact to the end of a file
 
@@ -69,6 +71,7 @@ class Unit(NamedTuple):
     id: str
     job: Callable[[], UnitResult]  # runs in a worker process
     conversation: str = ""  # the same for every version of the unit; its id if there are no versions
+    state: str = ""  # another one when its files were written again
 
 
 @dataclass
@@ -106,28 +109,36 @@ def units_of(source: str, recordings: Iterable[Recording], seed: int, done: set[
     units = []
     for name, turns in conversations.items():
         turns.sort(key=lambda turn: turn.turn_index)
-        # what the unit holds is part of its id: turns that were refused are tried again once they are mended; those
-        # that were accepted stay as they are
-        facts = [(t.name, t.text, size_of(t.audio)) for t in turns]
-        unit_id = f"{name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+        # what the unit holds is part of its id: turns that were refused are tried again once they are mended (by
+        # `state` also where the sizes stay), those that were accepted stay as they are
+        files = [state_of(t.audio) for t in turns]
+        unit_id = f"{name}-{digest([(t.name, t.text, size) for t, (size, _) in zip(turns, files, strict=True)])}"
         if unit_id not in done:
-            units.append(Unit(unit_id, functools.partial(collect_recordings, source, unit_id, turns), name))
+            job = functools.partial(collect_recordings, source, unit_id, turns)
+            units.append(Unit(unit_id, job, name, digest([written for _, written in files])))
     return sorted(units, key=lambda unit: synthetic_voices.seed_of(seed, unit.id))
 
 
 def in_utf8(recording: Recording) -> Recording:
-    """With bytes of names that are no UTF-8 written out, and without halves of characters in the text."""
+    """With names in one form (NFC), their bytes that are no UTF-8 written out; no halves of characters in the text."""
     names = ("name", "conversation", "group", "speaker")
-    changed = {name: getattr(recording, name).encode(errors="backslashreplace").decode() for name in names}
+    changed = {n: composed(getattr(recording, n).encode(errors="backslashreplace").decode()) for n in names}
     text = recording.text if recording.text is None else recording.text.encode(errors="ignore").decode()
     return dataclasses.replace(recording, text=text, **changed)
 
 
-def size_of(audio: Path | bytes) -> int:
-    """Bytes; -1 if there is no such file."""
+def digest(facts: list) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+
+
+def state_of(audio: Path | bytes) -> tuple[int, int]:
+    """Bytes and when they were written; -1 if there is no such file."""
     if isinstance(audio, bytes):
-        return len(audio)
-    return audio.stat().st_size if audio.is_file() else -1
+        return len(audio), 0
+    if not audio.is_file():
+        return -1, 0
+    found = audio.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> UnitResult:
@@ -138,6 +149,8 @@ def collect_recordings(source: str, unit_id: str, turns: list[Recording]) -> Uni
 
 
 def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord | Reject:
+    if (seconds := far_too_long(turn)) is not None:
+        return Reject(utt_id=utt_id, reason="too_long", detail=f"{seconds:.2f} s, at most {MAX_S}")
     try:
         samples, rate = load(turn)
         if rate < MIN_RATE:
@@ -152,6 +165,8 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
     if turn.seconds is not None and abs(found - turn.seconds) > max(0.1, 0.02 * turn.seconds):
         detail = f"{found:.2f} s, its publisher says {turn.seconds:.2f} s"
         return Reject(utt_id=utt_id, reason="wrong_length", detail=detail)
+    # who is named by nobody is one person within a conversation, and somebody else in the next
+    speaker = f"{NAMELESS}/{turn.conversation}" if turn.speaker == NAMELESS else turn.speaker
     start = turn.start
     if turn.span is None and not turn.trimmed:
         spoken = synthetic_voices.where_spoken(samples, rate)
@@ -164,13 +179,33 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
         "turn_index": turn.turn_index,
         "start_s": start,
         "end_s": None if start is None else start + len(samples) / rate,
-        "speaker_id": f"{source}:{turn.speaker}",
+        "speaker_id": f"{source}:{speaker}",
         "lang": turn.language,
         "style": turn.style,
         "license": turn.licence,
         "origin_url": turn.name,
     }
     return make_turn(samples, rate, turn.text, **facts | dict(turn.facts))
+
+
+def duration_of(audio: Path | bytes) -> float:
+    """Seconds by the header; 0 where it cannot be read, which collecting reports."""
+    try:
+        return soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)).duration
+    except (soundfile.LibsndfileError, OSError):
+        return 0.0
+
+
+def far_too_long(turn: Recording) -> float | None:
+    """Seconds of a file that no cut of its silence makes a turn of, so that it need not be read; None of any other.
+
+    A header that promises more than the file can hold is for the reader to refuse.
+    """
+    size, _ = state_of(turn.audio)
+    if turn.span is not None or size < (MAX_S + MAX_SILENCE_S) * LEAST_BYTES_PER_S:
+        return None
+    seconds = duration_of(turn.audio)
+    return seconds if MAX_S + MAX_SILENCE_S < seconds <= size / LEAST_BYTES_PER_S else None
 
 
 def load(turn: Recording) -> tuple[np.ndarray, int]:
@@ -432,7 +467,7 @@ def can_be_read(text: str) -> bool:
 
 def local_source(given: Path, seed: int, done: set[str]) -> Source:
     """Units of a folder or manifest in an order drawn from `seed`. ValueError, FileNotFoundError: not usable at all."""
-    units = units_of("local", grouped_by_voice(read_recordings(given)), seed, done)
+    units = units_of("local", grouped_by_voice([*map(in_utf8, read_recordings(given))]), seed, done)
     return Source("local", "1", iter(units), endless=False)
 
 
@@ -462,7 +497,7 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 
     for recording in recordings:
         conversation = root(f"conversation {recording.conversation}")
-        if recording.speaker != "unknown":
+        if recording.speaker != NAMELESS:
             one, other = sorted((conversation, root(f"voice {recording.speaker}")))
             parents[one] = other  # the last name in the alphabet, a voice if there is one, names the group
     groups = [root(f"conversation {recording.conversation}") for recording in recordings]
@@ -472,7 +507,10 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 
 
 def read_folder(folder: Path) -> list[Recording]:
-    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker."""
+    """Audio files with a transcript of the same stem; the folder a file lies in names its speaker.
+
+    A transcript without such audio names a file that does not exist, so that collecting lists it among the rejects.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise ValueError(f"no audio ({', '.join(AUDIO_SUFFIXES)}) and no {' or '.join(MANIFESTS)} in {folder}")
@@ -488,12 +526,17 @@ def read_folder(folder: Path) -> list[Recording]:
             Recording(
                 audio=path,
                 text=text,
-                speaker="unknown" if speaker == "." else speaker,
+                speaker=NAMELESS if speaker == "." else speaker,
                 conversation=path.relative_to(folder).as_posix(),
                 name=name,
             )
         )
-    if all(turn.text is None for turn in turns):
+    heard = {path.with_suffix(".txt") for path in files}
+    for path in sorted(path for path in folder.rglob("*.txt") if path not in heard):
+        audio = path.with_suffix(f"{', '.join(AUDIO_SUFFIXES[:-1])} or {AUDIO_SUFFIXES[-1]}")
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        turns.append(Recording(audio=audio, text="", conversation=name, name=name))
+    if all(turn.text is None for turn in turns[: len(files)]):
         raise ValueError(f"no transcripts in {folder}: expected {files[0].with_suffix('.txt')} beside {files[0].name}")
     return turns
 
@@ -573,7 +616,7 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
     return Recording(
         audio=folder / name,
         text=str(row["text"] or ""),
-        speaker=str(row.get("speaker", "unknown")),
+        speaker=str(row.get("speaker", NAMELESS)),
         conversation=str(row.get("conversation", name)),
         turn_index=index,
         start=start,

@@ -36,7 +36,7 @@ from command_line import (
     run,
 )
 from conversation_formats import Recording
-from conversations import split_of
+from conversations import choose_clip, split_of
 from speech_sources import grouped_by_voice
 from turn_shards import Collection, ShardWriter, make_turn, read_ledger, read_turns
 
@@ -97,11 +97,16 @@ def test_excluded_turns_and_speakers_do_not_come_in(tmp_path, capsys):
         recording(tmp_path / "in" / speaker, "one", len(speaker))
         recording(tmp_path / "in" / speaker, "two", 10 + len(speaker))
     banned = tmp_path / "banned.txt"
-    banned.write_text("local:anna  # asked to be left out\n\nlocal:ben/two.wav\n", encoding="utf-8")
+    banned.write_text("# asked to be left out\nlocal:anna\n\nlocal:ben/two.wav\n", encoding="utf-8")
     assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
     assert [turn.origin_url for turn in read_turns(tmp_path / "out", with_audio=False)] == ["ben/one"]
     assert reject_reasons(tmp_path / "out") == ["excluded"] * 3
-    assert "3 excluded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 excluded" in said and "--exclude_ids:" not in said
+    banned.write_text("local:anna\nlocal:ben/two.wav\nlocal:carl # twice\nlocal:dora\n")
+    assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
+    unmatched = "--exclude_ids: 2 id(s) have kept nothing out so far, the first: local:carl # twice; a comment needs"
+    assert unmatched in capsys.readouterr().out
     assert collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "none.txt")) == EXIT_INPUT
 
 
@@ -215,6 +220,52 @@ def test_bad_files_are_refused_with_reasons_and_a_mended_one_is_taken_on_the_nex
     recordings(source, 4)
     assert collect(tmp_path / "out", source) == EXIT_DONE
     assert len(ids(tmp_path / "out")) == 6
+
+
+def test_a_corrected_text_is_told_to_need_a_new_collection(tmp_path):
+    source, out = recordings(tmp_path / "in", 2), tmp_path / "out"
+    assert collect(out, source) == EXIT_DONE
+    (source / "clip000.txt").write_text("We are going there now.")
+    assert collect(out, source) == EXIT_PARTIAL
+    assert "with another text or speaker; collect into a new --out" in next(out.glob("rejects/*/*")).read_text()
+    assert reject_reasons(out) == ["changed"] and {turn.text for turn in read_turns(out, False)} == {TEXT}
+
+
+def test_a_recording_mended_at_the_same_size_and_one_no_longer_excluded_come_in(tmp_path):
+    source, out, banned = recordings(tmp_path / "in", 3), tmp_path / "out", tmp_path / "banned.txt"
+    whole = (source / "clip000.wav").read_bytes()
+    (source / "clip000.wav").write_bytes(b"x" * len(whole))
+    banned.write_text("local:clip001.wav\n")
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_PARTIAL
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_DONE
+    assert len(ids(out)) == 1 and reject_reasons(out) == ["excluded", "unreadable_audio"]  # not tried again
+    (source / "clip000.wav").write_bytes(whole)
+    assert collect(out, source, "--exclude_ids", str(banned)) == EXIT_DONE
+    assert len(ids(out)) == 2
+    assert collect(out, source) == EXIT_DONE
+    assert_whole(out, 3)
+    before = (out / "shards.jsonl").read_bytes()
+    os.utime(source / "clip000.wav")
+    assert collect(out, source) == EXIT_DONE
+    assert (out / "shards.jsonl").read_bytes() == before  # what came in is not read again
+
+
+def test_a_transcript_without_audio_that_can_be_read_is_a_reject(tmp_path):
+    source = recordings(tmp_path / "in", 2)
+    (source / "clip000.wav").rename(source / "clip000.m4a")
+    assert collect(tmp_path / "out", source) == EXIT_PARTIAL
+    assert reject_reasons(tmp_path / "out") == ["missing_file"] and len(ids(tmp_path / "out")) == 1
+    detail = json.loads(next((tmp_path / "out").glob("rejects/*/*")).read_text())["detail"]
+    assert detail == f"no audio file at {source / 'clip000.wav'}, .flac, .ogg or .mp3"
+
+
+def test_a_recording_of_hours_is_refused_without_being_read(tmp_path, monkeypatch):
+    source, load = recordings(tmp_path / "in", 1), speech_sources.load
+    write_wav(source / "long.wav", np.tile(voice_like(1), 300), RATE)
+    (source / "long.txt").write_text(TEXT)
+    monkeypatch.setattr(speech_sources, "load", lambda turn: load(turn) if turn.name != "long" else 1 / 0)
+    assert collect(tmp_path / "out", source) == EXIT_PARTIAL
+    assert reject_reasons(tmp_path / "out") == ["too_long"] and len(ids(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize(
@@ -502,7 +553,8 @@ def test_a_sentence_a_voice_has_said_and_an_id_that_is_taken_are_refused():
 
     assert reasons(turn(0, source="common_voice"), turn(1, source="common_voice")) == ["duplicate_text"]
     assert reasons(turn(2), turn(3)) == []  # in a dialogue people repeat themselves
-    assert reasons(turn(3, text="other")) == ["duplicate"]
+    assert reasons(turn(3), turn(3, utt_id="another:set-3", text="other")) == ["duplicate"] * 2
+    assert reasons(turn(3, text="other"), turn(3, speaker_id="test:w")) == ["changed"] * 2
     assert reasons(turn(4, utt_id="test:set-3")) == ["id_conflict"]
 
 
@@ -772,6 +824,7 @@ def test_a_turn_that_is_in_a_conversation_is_not_taken_a_second_time_with_other_
     write_wav(source / "clip000.wav", voice_like(77, 1.4), RATE)
     assert collect(out, source) == EXIT_PARTIAL
     assert reject_reasons(out) == ["id_conflict"] and len(ids(out)) == 2
+    assert "give every turn of a manifest its turn_index" in next(out.glob("rejects/*/*")).read_text()
 
 
 def test_a_header_that_promises_terabytes_and_a_rate_that_is_no_speech_are_rejects(tmp_path):
@@ -820,8 +873,23 @@ def test_an_open_quote_in_a_csv_is_one_line(tmp_path, capsys):
 
 def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hold_a_hash(tmp_path):
     path = tmp_path / "ids.txt"
-    path.write_text("\ufefflocal:a\nlocal:b#2 # why\n# nothing\n\n", encoding="utf-8")
-    assert collect_data.read_excluded(path) == {"local:a", "local:b#2"}
+    path.write_text("\ufefflocal:a\nlocal:b#2\nlocal:Episode #12/001.wav\n# nothing\n #\n\n", encoding="utf-8")
+    assert collect_data.read_excluded(path) == {"local:a", "local:b#2", "local:Episode #12/001.wav"}
+
+
+def test_names_with_accents_are_the_same_however_they_are_written(tmp_path):
+    """As macOS writes them, and as keyboards do."""
+    decomposed, composed = "Ame\u0301lie", "Am\u00e9lie"
+    recording(tmp_path / "in" / decomposed, "one", 1)
+    recording(tmp_path / "in" / "ben", "two", 2)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    turns = list(read_turns(tmp_path / "out", with_audio=False))
+    found = {(turn.speaker_id, turn.conv_key, turn.origin_url) for turn in turns}
+    assert (f"local:{composed}", f"local:{composed}/one.wav", f"{composed}/one") in found
+    assert choose_clip(turns, decomposed).speaker_id == f"local:{composed}"
+    (tmp_path / "ids.txt").write_text(f"local:{decomposed}\n", encoding="utf-8")
+    collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "ids.txt"))
+    assert [turn.speaker_id for turn in read_turns(tmp_path / "other", with_audio=False)] == ["local:ben"]
 
 
 def test_a_full_collection_takes_nothing_more_at_the_next_run(tmp_path, capsys):
@@ -872,3 +940,11 @@ def test_conversations_are_parted_where_voices_are_few(tmp_path):
     assert grouped_by_voice(rows) == rows
     unknown = [Recording(audio=b"", text="", conversation=f"c{i}") for i in range(60)]
     assert len({row.group for row in grouped_by_voice(unknown)}) == 60
+
+
+def test_speakers_without_a_name_are_different_people(tmp_path):
+    recording(tmp_path / "in", "one", 1)
+    recording(tmp_path / "in", "two", 2)
+    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
+    speakers = {turn.speaker_id for turn in read_turns(tmp_path / "out", with_audio=False)}
+    assert speakers == {"local:unknown/one.wav", "local:unknown/two.wav"}

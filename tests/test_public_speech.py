@@ -2,14 +2,22 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
 from conftest import voice
+from huggingface_hub.errors import HTTPError
 
 import public_speech
 from collect_data import main
@@ -133,6 +141,37 @@ def test_hub_that_lacks_a_column_or_cannot_be_reached_is_told_in_one_line(tmp_pa
     assert error.startswith("error: librispeech cannot be read from the Hugging Face hub")
 
 
+def test_a_hub_that_cannot_be_reached_is_exit_5_with_the_remedy(tmp_path):
+    command = [sys.executable, "collect_data.py", "--sources", "librispeech", "--workers", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    root = Path(public_speech.__file__).parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == EXIT_MISSING
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: librispeech cannot be read from the Hugging Face hub (") and "--local" in error
+
+
+def test_a_hub_that_fails_in_mid_stream_keeps_what_it_gave(tmp_path, monkeypatch, capsys):
+    def rows():
+        for chapter in (121123, 50561, 50561):
+            audio = {"bytes": flac(1.2, 100 + chapter % 100)}
+            name = f"84-{chapter}-0000"
+            yield {"audio": audio, "text": "GO ON AND ON", "speaker_id": 84, "chapter_id": chapter, "id": name}
+        raise HTTPError("connection reset")
+
+    hub = Mock(column_names=None)
+    hub.cast_column.side_effect = lambda *given: rows()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: hub)
+    tts = tmp_path / "tts" / "train-clean-100" / "19" / "198"
+    tts.mkdir(parents=True)
+    soundfile.write(tts / "19_198_000010_000000.wav", samples(1.5, 150), RATE)
+    (tts / "19_198_000010_000000.normalized.txt").write_text("Chapter one, she said.")
+    flags = ["--sources", "librispeech", "libritts_r", "--local", f"libritts_r={tmp_path / 'tts'}"]
+    assert collect(tmp_path, *flags, "--target_hours", "1") == EXIT_PARTIAL
+    assert {turn.source for turn in turns_of(tmp_path)} == {"librispeech", "libritts_r"}
+    assert "(connection reset); unpack its archive" in capsys.readouterr().out
+
+
 COLUMNS = ("path", "client_id", "sentence_id", "sentence", "up_votes", "down_votes", "gender", "accents", "locale")
 
 
@@ -184,6 +223,24 @@ def test_common_voice_without_a_release_explains_where_it_is(tmp_path, monkeypat
     assert "Mozilla Data Collective" in error and "MDC_API_KEY" in error and "--local common_voice=DIR" in error
     with pytest.raises(ValueError, match=r"holds no validated\.tsv"):
         common_voice_source(tmp_path, None, 0, set())
+
+
+def test_two_parts_do_not_download_a_release_at_once(tmp_path, monkeypatch):
+    at_once, most = [], []
+
+    def download_dataset(release, extract):
+        at_once.append(release)
+        most.append(len(at_once))
+        time.sleep(0.2)
+        at_once.pop()
+        return tmp_path / release
+
+    monkeypatch.setitem(sys.modules, "datacollective", Mock(download_dataset=download_dataset))
+    monkeypatch.setenv("MDC_API_KEY", "key")
+    monkeypatch.setenv("MDC_DOWNLOAD_PATH", str(tmp_path / "downloads"))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(public_speech.fetch_release, ["cv"] * 2)) == [tmp_path / "cv"] * 2
+    assert most == [1, 1]
 
 
 def test_missing_column_and_wrong_folder_are_named(common_voice, tmp_path, capsys):

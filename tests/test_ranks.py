@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dataset_pipeline
 import ranks
 from codec_batches import Crops
 from codec_training import TrainConfig, build_run
+from command_line import EXIT_DONE
 from ranks import Ranks, join_ranks
 from run_folder import read_metrics
 
@@ -193,6 +195,20 @@ def test_a_process_without_a_gpu_of_its_own_is_told_how_many_there_are(name, mon
     monkeypatch.setenv("LOCAL_RANK", "7")
     with pytest.raises(ValueError, match=r"process 7 of this machine has no GPU, there are 4; .* --nproc_per_node 4"):
         ranks.pick_device(name)
+
+
+def test_cuda_is_the_gpu_of_the_process_also_where_tokens_are_made(monkeypatch, tmp_path):
+    devices, zeros = [], torch.zeros(1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda *given, **named: zeros)
+    monkeypatch.setattr(dataset_pipeline, "load_tokenizer", lambda folder, device: devices.append(device))
+    monkeypatch.setattr(dataset_pipeline, "tokenise", lambda data, tokenizer, device, *part: devices.append(device))
+    for name in ("cuda", "auto"):
+        assert dataset_pipeline.main(["--tokenizer", "any", "--device", name, "--shard", "1/2"]) == EXIT_DONE
+    assert devices == [torch.device("cuda:1")] * 4
+    assert ranks.pick_device("cpu").type == "cpu"
 
 
 def test_who_asks_for_bf16_where_it_is_slower_is_told_so(monkeypatch, capsys):
