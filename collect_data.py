@@ -290,11 +290,13 @@ def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
 
 
 def read_excluded(path: Path | None) -> frozenset[str]:
-    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment."""
+    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment. Where " #" stands
+    within a line, what is before it is kept out too: it may have been meant as a comment."""
     if path is None:
         return frozenset()
     lines = [line.strip() for line in composed(read_utf8(path)).splitlines()]
-    return frozenset(line for line in lines if line and not line.startswith("#"))
+    ids = [line for line in lines if line and not line.startswith("#")]
+    return frozenset([*ids, *(name.split(" #")[0].strip() for name in ids)])
 
 
 def tell_unmatched(folder: Path, rules: Rules) -> None:
@@ -306,7 +308,7 @@ def tell_unmatched(folder: Path, rules: Rules) -> None:
         if reject["reason"] == "excluded"
     }
     if unmatched := sorted(name for name in rules.unmatched if f"by {name}" not in reasons):
-        hint = "; a comment needs a line of its own" if any(" #" in name for name in unmatched) else ""
+        hint = "; a comment is better on a line of its own" if any(" #" in name for name in unmatched) else ""
         print(f"--exclude_ids: {len(unmatched)} id(s) have kept nothing out so far, the first: {unmatched[0]}{hint}")
 
 

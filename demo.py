@@ -66,10 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--mode", choices=MODES, default="interactive", help="see above" + shown)
     add("--checkpoint", default=str(SHIPPED), help="folder of a trained model, or sesame/csm-1b" + shown)
-    own = (
-        f"folder of its tokenizer, or {HUB_NAME} (default: tokenizer/ in the checkpoint, else {HUB_NAME} for {CSM_1B} "
-    )
-    own += "and runs/tokenizer for any other)"
+    own = f"folder of its tokenizer, or {HUB_NAME} (default: tokenizer/ in the checkpoint, else runs/tokenizer; "
+    own += f"of csm-1b {HUB_NAME})"
     add("--tokenizer", help=own)
     add("--out", type=Path, help="folder for wav files and summary.json (default: runs/demo, with the mode if no test)")
     add("--device", default="cpu", help="auto, cpu or cuda" + shown)

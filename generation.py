@@ -230,11 +230,11 @@ class Conversation:
         seed: int = 0,
         acoustic_batch: int | None = None,
     ):
-        if not isinstance(model, InferenceModel):
+        shared = model if isinstance(model, InferenceModel) else None
+        if shared is None or shared.tokenizer is not tokenizer:  # its fingerprint takes longer than all the rest here
             check_tokenizer(model.config, tokenizer)
-        elif model.tokenizer is not tokenizer:  # its fingerprint takes longer than the rest of a new conversation
-            check_tokenizer(model.config, tokenizer)
-            model.tokenizer = tokenizer
+        if shared is not None:
+            shared.tokenizer = tokenizer
         most = max(1, model.config.acoustic_delay)
         if acoustic_batch is not None and not 1 <= acoustic_batch <= most:
             raise ValueError(f"acoustic_batch={acoustic_batch} must lie between 1 and the model's {most}")

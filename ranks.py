@@ -107,8 +107,8 @@ def over_ranks(count: int, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """Under torchrun `cuda` is the GPU of this process. ValueError for one that this machine does not have, or has fewer
-    of than torchrun started processes."""
+    """Under torchrun `cuda` is the GPU of this process. ValueError for one that this machine does not have, or has
+    fewer of than torchrun started processes."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

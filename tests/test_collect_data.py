@@ -105,9 +105,12 @@ def test_excluded_turns_and_speakers_do_not_come_in(tmp_path, capsys):
     assert "3 excluded" in said and "--exclude_ids:" not in said
     banned.write_text("local:anna\nlocal:ben/two.wav\nlocal:carl # twice\nlocal:dora\n")
     assert collect(tmp_path / "out", tmp_path / "in", "--exclude_ids", str(banned)) == EXIT_DONE
-    unmatched = "--exclude_ids: 2 id(s) have kept nothing out so far, the first: local:carl # twice; a comment needs"
+    unmatched = "--exclude_ids: 3 id(s) have kept nothing out so far, the first: local:carl; a comment is better on"
     assert unmatched in capsys.readouterr().out
     assert collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(tmp_path / "none.txt")) == EXIT_INPUT
+    banned.write_text("local:anna  # asked for it\nlocal:ben # too\n")
+    collect(tmp_path / "other", tmp_path / "in", "--exclude_ids", str(banned))
+    assert reject_reasons(tmp_path / "other") == ["excluded"] * 4
 
 
 def test_collecting_stops_at_the_disk_limit_and_goes_on_with_a_higher_one(tmp_path, capsys):
@@ -874,7 +877,8 @@ def test_an_open_quote_in_a_csv_is_one_line(tmp_path, capsys):
 def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hold_a_hash(tmp_path):
     path = tmp_path / "ids.txt"
     path.write_text("\ufefflocal:a\nlocal:b#2\nlocal:Episode #12/001.wav\n# nothing\n #\n\n", encoding="utf-8")
-    assert collect_data.read_excluded(path) == {"local:a", "local:b#2", "local:Episode #12/001.wav"}
+    ids = {"local:a", "local:b#2", "local:Episode #12/001.wav"}
+    assert collect_data.read_excluded(path) == ids | {"local:Episode"}  # as if a comment had followed it
 
 
 def test_names_with_accents_are_the_same_however_they_are_written(tmp_path):
