@@ -188,6 +188,8 @@ def build_memory_model(name: str, config: CSMConfig) -> CSM:
 
 def answers(model: CSM, rows: Rows, n_turns: int) -> tuple[Tensor, Tensor]:
     """(B, N, 2) logits' best codes and targets of the answers of turns 1..N."""
+    if n_turns > 1:  # older turns are seen: their positions run on, or nothing would tell which was the last
+        rows = rows._replace(positions=torch.arange(rows.positions.size(1)).expand_as(rows.positions))
     states = model.hidden(rows, window(rows, n_turns))
     live = rows.targets[..., 0] != IGNORE
     logits = model.codebook0_head(states[live])
