@@ -42,6 +42,7 @@ from speech_metrics import (
     code_histograms,
     count_errors,
     perplexity_figures,
+    require_english,
 )
 
 ENOUGH_FRAMES = 20_000  # below this, usage and perplexity come out too low
@@ -189,6 +190,7 @@ def swap_gates(
         wave = swap(tokenizer, a, b)
         if recognizer is not None:
             try:
+                require_english(a.language)
                 tally.add_errors("swap", a.conversation, count_errors(a.text, recognizer.transcribe(wave)))
             except NotMeasurable as reason:
                 tally.excluded["wer", "swap"][str(reason)] += 1

@@ -71,6 +71,7 @@ class Coded(NamedTuple):
     text: str
     samples: np.ndarray  # (N,)
     codes: np.ndarray  # (T, K)
+    language: str = "en"
 
 
 def from_figure(name: str, figure: Figure, how: str, sense: str = "", threshold: float | None = None) -> Gate:

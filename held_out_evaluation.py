@@ -208,7 +208,7 @@ def encode_clips(clips: list[Clip], tokenizer: AudioTokenizer) -> list[Coded]:
     coded = []
     for turn, samples in tqdm(clips, desc="encoding", unit="clip"):
         codes = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(samples))[None])[0].cpu().numpy()  # (T, K)
-        coded.append(Coded(conversation_of(turn), turn.speaker_id, turn.text, samples, codes))
+        coded.append(Coded(conversation_of(turn), turn.speaker_id, turn.text, samples, codes, turn.lang))
     return coded
 
 
