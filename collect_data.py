@@ -74,7 +74,6 @@ from turn_shards import (
     ShardWriter,
     TurnRecord,
     composed,
-    is_nameless,
     ledgers,
     read_columns,
     read_ledger,
@@ -112,10 +111,10 @@ SOURCES = {
 LOCAL_HELP = """\
 --input DIR: wav, flac, ogg or mp3 files, each with its transcript in a .txt of the same name beside it; a sub-folder is
   a speaker, every file a conversation of its own; or a folder that holds manifest.jsonl or manifest.csv
---input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker
-  (else one of each conversation's own), conversation, turn_index (else the line's number), start (seconds from the
-  start of the conversation), language (BCP-47), style, licence (SPDX), trimmed (true: its silence is not cut). Or lines
-  in the chat format of transformers' CsmProcessor, or of moshi-finetune
+--input FILE.jsonl|FILE.csv: one turn a line. Columns: audio (path, relative to the manifest), text; optional speaker,
+  conversation, turn_index (else the line's number), start (seconds from the start of the conversation), language
+  (BCP-47), style, licence (SPDX), trimmed (true: its silence is not cut). Or lines in the chat format of
+  transformers' CsmProcessor, or of moshi-finetune
 """
 
 
@@ -203,9 +202,8 @@ class Rules:
 
     def is_changed(self, turn: TurnRecord) -> bool:
         """Whether the source has given the same samples with another text or speaker."""
-        utt_id, speaker, text = self.known.get(turn.pcm_sha256, ("", "", ""))
-        named = composed(speaker) != turn.speaker_id and not (is_nameless(speaker) and is_nameless(turn.speaker_id))
-        return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and (named or text != turn.text)
+        utt_id, *told = self.known.get(turn.pcm_sha256, ("", "", ""))
+        return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and told != [turn.speaker_id, turn.text]
 
     def against(self, turn: TurnRecord) -> Reject | None:
         """Why a turn may not come in; None if it may."""

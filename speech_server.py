@@ -46,7 +46,7 @@ from generation import Conversation
 from speaking_together import Together
 from spoken_conversations import Engine, turns_of
 from text_tokenizer import turn_text
-from turn_shards import composed, is_nameless, ledgers, read_turns
+from turn_shards import composed, ledgers, read_turns
 
 PAGE = Path(__file__).with_name("web_page.html")
 MOST_INPUT = 4096  # characters, as OpenAI's
@@ -91,8 +91,7 @@ def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
     if not ledgers(data):
         return {}
     turns = list(read_turns(data, with_audio=False))
-    names = sorted({turn.speaker_id for turn in turns}, key=lambda name: (is_nameless(name), name))
-    chosen = [choose_clip(turns, name) for name in names[:MOST_VOICES]]
+    chosen = [choose_clip(turns, name) for name in sorted({turn.speaker_id for turn in turns})[:MOST_VOICES]]
     gains = loudness_gains(turns)
     clips = {}
     for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):

@@ -28,7 +28,7 @@ import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
 from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
-from turn_shards import MAX_S, NAMELESS, Reject, ShardWriter, TurnRecord, composed, make_turn
+from turn_shards import MAX_S, Reject, ShardWriter, TurnRecord, composed, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
@@ -165,8 +165,6 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
     if turn.seconds is not None and abs(found - turn.seconds) > max(0.1, 0.02 * turn.seconds):
         detail = f"{found:.2f} s, its publisher says {turn.seconds:.2f} s"
         return Reject(utt_id=utt_id, reason="wrong_length", detail=detail)
-    # who is named by nobody is one person within a conversation, and somebody else in the next
-    speaker = f"{NAMELESS}/{turn.conversation}" if turn.speaker == NAMELESS else turn.speaker
     start = turn.start
     if turn.span is None and not turn.trimmed:
         spoken = synthetic_voices.where_spoken(samples, rate)
@@ -179,7 +177,7 @@ def collect_recording(source: str, utt_id: str, turn: Recording) -> TurnRecord |
         "turn_index": turn.turn_index,
         "start_s": start,
         "end_s": None if start is None else start + len(samples) / rate,
-        "speaker_id": f"{source}:{speaker}",
+        "speaker_id": f"{source}:{turn.speaker}",
         "lang": turn.language,
         "style": turn.style,
         "license": turn.licence,
@@ -497,7 +495,7 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 
     for recording in recordings:
         conversation = root(f"conversation {recording.conversation}")
-        if recording.speaker != NAMELESS:
+        if recording.speaker != "unknown":
             one, other = sorted((conversation, root(f"voice {recording.speaker}")))
             parents[one] = other  # the last name in the alphabet, a voice if there is one, names the group
     groups = [root(f"conversation {recording.conversation}") for recording in recordings]
@@ -526,7 +524,7 @@ def read_folder(folder: Path) -> list[Recording]:
             Recording(
                 audio=path,
                 text=text,
-                speaker=NAMELESS if speaker == "." else speaker,
+                speaker="unknown" if speaker == "." else speaker,
                 conversation=path.relative_to(folder).as_posix(),
                 name=name,
             )
@@ -616,7 +614,7 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
     return Recording(
         audio=folder / name,
         text=str(row["text"] or ""),
-        speaker=str(row.get("speaker", NAMELESS)),
+        speaker=str(row.get("speaker", "unknown")),
         conversation=str(row.get("conversation", name)),
         turn_index=index,
         start=start,

@@ -41,7 +41,6 @@ MIN_S, MAX_S = 0.4, 30.0  # of a turn
 MIN_RMS_DBFS = -50.0
 MAX_CLIPPED = 0.01
 CHARS_PER_S = (3.0, 30.0)
-NAMELESS = "unknown"  # a speaker whom nobody has named
 ENTRY_KEY = b"collection_entry"  # a shard carries its own ledger line, so that it can be adopted after a crash
 
 
@@ -117,10 +116,6 @@ class Reject:
 def composed(name: str) -> str:
     """One form (NFC) of what is written with accents: file systems and keyboards give several."""
     return unicodedata.normalize("NFC", name)
-
-
-def is_nameless(speaker_id: str) -> bool:
-    return speaker_id.partition(":")[2].split("/")[0] == NAMELESS
 
 
 def clean_text(raw: str) -> tuple[str, str]:

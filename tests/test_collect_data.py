@@ -944,11 +944,3 @@ def test_conversations_are_parted_where_voices_are_few(tmp_path):
     assert grouped_by_voice(rows) == rows
     unknown = [Recording(audio=b"", text="", conversation=f"c{i}") for i in range(60)]
     assert len({row.group for row in grouped_by_voice(unknown)}) == 60
-
-
-def test_speakers_without_a_name_are_different_people(tmp_path):
-    recording(tmp_path / "in", "one", 1)
-    recording(tmp_path / "in", "two", 2)
-    assert collect(tmp_path / "out", tmp_path / "in") == EXIT_DONE
-    speakers = {turn.speaker_id for turn in read_turns(tmp_path / "out", with_audio=False)}
-    assert speakers == {"local:unknown/one.wav", "local:unknown/two.wav"}

@@ -23,7 +23,7 @@ import pytest
 import soundfile
 import torch
 import uvicorn
-from conftest import full_model, turn_record, voice
+from conftest import full_model, voice
 
 import demo
 import speech_server
@@ -173,17 +173,6 @@ def test_the_model_and_the_page_are_there(server):
     page = content.decode()
     assert status == 200 and "<title>" in page
     assert not re.search(r"https?://", page), "the page must work without a network"
-
-
-def test_voices_with_a_name_come_first(monkeypatch):
-    turns = [turn_record("c", i, name, "Hello.", voice(0.5, 120)) for i, name in enumerate(("unknown/c", "zoe"))]
-    read = Mock(return_value=[])
-    for name, found in {"ledgers": [1], "read_turns": turns}.items():
-        monkeypatch.setattr(speech_server, name, lambda *given, found=found, **named: found)
-    monkeypatch.setattr(speech_server, "read_clips", read)
-    monkeypatch.setattr(speech_server, "MOST_VOICES", 1)
-    collected_voices(None, ROOT)
-    assert list(read.call_args.args[1]) == [turns[1].utt_id]
 
 
 def test_a_voice_is_found_however_its_accents_are_written():
