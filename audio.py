@@ -17,6 +17,7 @@ import soxr
 SAMPLE_RATE = 24_000  # Hz, of the codec
 TARGET_LUFS = -23.0  # loudness of all speech that models learn from and hear (EBU R 128)
 PEAK_DBFS = -1.0  # and its highest peak
+MIN_RMS_DBFS = -50.0  # below, a clip is silence
 FRAME_RATE = 12.5  # codec frames per second
 FRAME_SAMPLES = int(SAMPLE_RATE / FRAME_RATE)  # 1920 samples, 80 ms
 OGG_HEADER = 27  # bytes of a page before the sizes of its segments
@@ -122,9 +123,10 @@ def loudness_lufs(samples: np.ndarray, sample_rate: int) -> float:
 
 
 def at_loudness(samples: np.ndarray, sample_rate: int = SAMPLE_RATE, lufs: float = TARGET_LUFS) -> np.ndarray:
-    """(N,) with an integrated loudness of `lufs`, less where the peak would pass `PEAK_DBFS`; silence as it is."""
+    """(N,) with an integrated loudness of `lufs`, less where the peak would pass `PEAK_DBFS`; what is too soft to be
+    speech as it is."""
     found = loudness_lufs(samples, sample_rate)
-    if not np.isfinite(found):
+    if not found >= MIN_RMS_DBFS:
         return samples
-    loudest = max(float(np.abs(samples).max()), 1e-9)
-    return samples * min(10 ** ((lufs - found) / 20), 10 ** (PEAK_DBFS / 20) / loudest)
+    loudest = max(float(np.abs(samples).max()), 1e-9)  # a Python number keeps the samples' precision
+    return samples * min(10 ** ((lufs - float(found)) / 20), 10 ** (PEAK_DBFS / 20) / loudest)

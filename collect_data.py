@@ -22,6 +22,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -88,6 +89,7 @@ TAKEN = (
     "the conversation has this turn already: give every turn of a manifest its turn_index, and the files and "
     "conversations of all inputs names of their own; or collect into a new --out"
 )
+COMMENT = re.compile(r"\s#")
 FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its first turns is stopped: it looks wrong
 
 SOURCES = {
@@ -201,7 +203,7 @@ class Rules:
         return turn.source not in VOICE_SETS and (turn.conv_key, turn.turn_index) in self.places
 
     def is_changed(self, turn: TurnRecord) -> bool:
-        """Whether the source has given the same samples with another text or speaker."""
+        """Whether an earlier run was given the same samples in the same place with another text or speaker."""
         utt_id, *told = self.known.get(turn.pcm_sha256, ("", "", ""))
         return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and told != [turn.speaker_id, turn.text]
 
@@ -214,7 +216,7 @@ class Rules:
             f"the collection holds it as {twin} with another text or speaker; collect into a new --out to change it"
         )
         reasons = [
-            (bool(named), "excluded", f"by {min(named, default='')}"),
+            (bool(named), "excluded", f"by {', '.join(sorted(named))}"),
             (self.is_changed(turn), "changed", changed),
             (bool(twin), "duplicate", f"same samples as {twin}"),
             (
@@ -288,25 +290,26 @@ def apply_rules(result: UnitResult, rules: Rules) -> UnitResult:
 
 
 def read_excluded(path: Path | None) -> frozenset[str]:
-    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment. Where " #" stands
-    within a line, what is before it is kept out too: it may have been meant as a comment."""
+    """One id a line: of a turn, a conversation or a speaker; a line that begins with # is a comment. Where a # behind
+    white space stands within a line, what is before it is kept out too: a comment may have been meant."""
     if path is None:
         return frozenset()
     lines = [line.strip() for line in composed(read_utf8(path)).splitlines()]
     ids = [line for line in lines if line and not line.startswith("#")]
-    return frozenset([*ids, *(name.split(" #")[0].strip() for name in ids)])
+    before = [name[: sign.start()].rstrip() for name in ids for sign in COMMENT.finditer(name)]
+    return frozenset([*ids, *before])
 
 
 def tell_unmatched(folder: Path, rules: Rules) -> None:
     """One line about excluded ids that have kept nothing out of a collection, in this run or before."""
-    reasons = {
+    told = "\n".join(
         reject["detail"]
         for path in (place for ledger in ledgers(folder) for place in ledger.parent.glob("rejects/*/*.jsonl"))
         for reject in map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if reject["reason"] == "excluded"
-    }
-    if unmatched := sorted(name for name in rules.unmatched if f"by {name}" not in reasons):
-        hint = "; a comment is better on a line of its own" if any(" #" in name for name in unmatched) else ""
+    )
+    if unmatched := sorted(name for name in rules.unmatched if name not in told):
+        hint = "; a comment is better on a line of its own" if any(map(COMMENT.search, unmatched)) else ""
         print(f"--exclude_ids: {len(unmatched)} id(s) have kept nothing out so far, the first: {unmatched[0]}{hint}")
 
 

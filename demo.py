@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 from audio import at_loudness, read_audio
 from checkpointing import write_atomically
-from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, MissingRequirement, StopSignals, only_run_in, run
+from command_line import (
+    EXIT_CODES_HELP,
+    EXIT_DONE,
+    EXIT_PARTIAL,
+    MissingRequirement,
+    Several,
+    StopSignals,
+    only_run_in,
+    run,
+)
 from conversation_formats import SUMMARY
 from generation import SHIPPED, SPEAKING, Sampling, read_speaking
 from mimi_tokenizer import HUB_NAME
@@ -106,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("--mode web")
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; others than this let other machines in" + shown)
+    named = "other names by which a server on 127.0.0.1 may be asked, as that of a proxy (default: none)"
+    add("--names", metavar="NAME", action=Several, default=[], help=named)
     add("--port", type=int, default=8000, help="port to listen on, 0 for a free one" + shown)
     add("--speaking", type=int, default=8, help="requests that are spoken at once" + shown)
     add("--waiting", type=int, default=64, help="requests that wait; more are told to come back" + shown)
@@ -269,7 +280,7 @@ def serve(args: argparse.Namespace) -> int:
         note_training(args.checkpoint)
         voices = collected_voices(engine, args.data)
         with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
-            hosts = LOCAL if args.host in LOCAL else ()
+            hosts = (*LOCAL, *args.names) if args.host in LOCAL else ()
             app = make_app(engine, voices, studio, Path(args.checkpoint).name, hosts)
             print(f"http://{args.host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
             hide_interruptions()

@@ -343,7 +343,7 @@ class Limited:
 
     def refusal(self, request: Request) -> Response | None:
         if self.hosts and request.url.hostname not in self.hosts:  # a page elsewhere whose name leads here
-            return failure(403, f"this server answers to {', '.join(self.hosts)} only; for others: --host ADDRESS")
+            return failure(403, f"this server answers to {', '.join(self.hosts)} only; a proxy's name: --names NAME")
         length = request.headers.get("content-length", "0")
         counted = "content-length" in request.headers and "transfer-encoding" not in request.headers
         if not length.isdigit() or (request.method == "POST" and not counted):

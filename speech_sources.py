@@ -507,7 +507,8 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 def read_folder(folder: Path) -> list[Recording]:
     """Audio files with a transcript of the same stem; the folder a file lies in names its speaker.
 
-    A transcript without such audio names a file that does not exist, so that collecting lists it among the rejects.
+    A transcript beside a file of the same stem that is no such audio names one that does not exist, so that collecting
+    lists it among the rejects.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
@@ -530,7 +531,8 @@ def read_folder(folder: Path) -> list[Recording]:
             )
         )
     heard = {path.with_suffix(".txt") for path in files}
-    for path in sorted(path for path in folder.rglob("*.txt") if path not in heard):
+    unread = {path.with_suffix(".txt") for path in folder.rglob("*") if path.suffix.lower() != ".txt"} - heard
+    for path in sorted(path for path in unread if path.is_file()):
         audio = path.with_suffix(f"{', '.join(AUDIO_SUFFIXES[:-1])} or {AUDIO_SUFFIXES[-1]}")
         name = path.relative_to(folder).with_suffix("").as_posix()
         turns.append(Recording(audio=audio, text="", conversation=name, name=name))

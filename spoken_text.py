@@ -177,10 +177,10 @@ def phone(match: re.Match) -> str:
     return ", ".join(one_by_one(digits) for digits in re.findall(r"\d+", match[0]))
 
 
-def each_of(match: re.Match) -> str:
-    """1-2-3 -> one two three; 2.0.1 -> two point zero point one"""
-    between = " point " if "." in match[0] else " "
-    return f" {between.join(map(number, re.findall(r'[0-9]+', match[0])))} "
+def version(match: re.Match) -> str:
+    """2.0.1 -> two point zero point one; 1.2.0-1.2.9 is a range"""
+    words = " point ".join(map(number, re.findall(r"[0-9]+", match[0])))
+    return f" {words} to " if match[0][-1] in "-–" else f" {words} "
 
 
 def long_number(digits: str) -> str:
@@ -222,7 +222,7 @@ units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True
 multiples = "|".join(sorted(LARGE, key=len, reverse=True))
 short = "|".join(re.escape(name) for name in sorted(ABBREVIATIONS, key=len, reverse=True))
 RULES = (
-    rule(r"(?<![\w-])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?![\w-])", phone),
+    rule(r"(?<![\w-])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.]|[2-9]\d\d )\d{3}[-. ]\d{4}(?![\w-])", phone),
     rule(r"(?<![\w$€£-])[2-9]\d\d-(?!\d{3}0)\d{4}(?![\w%-])", phone),  # 500-1000 is a range
     rule(r"(?<=\w )[<>]=?(?=[ \d])|<=?(?=\d)", comparison),
     rule(
@@ -245,7 +245,8 @@ RULES = (
     rule(r"\b(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4}|\d\d)\b", numeric_date),
     rule(r"\b(?P<day>\d{1,2})\.(?P<month>\d{1,2})\.(?P<year>\d{4})\b", numeric_date),
     rule(r"\b(?P<month>\d{1,2})-(?P<day>\d{1,2})-(?P<year>\d{4})\b", numeric_date),
-    rule(r"(?<![\d-])\d{1,4}(?:-\d{1,4}){2,9}(?![\d-])|(?<![\d.])\d{1,9}(?:\.\d{1,9}){2,9}(?![\d.]\d)", each_of),
+    rule(r"(?<![\d-])\d{1,4}(?:-\d{1,4}){2,9}(?![\d-])", lambda m: m[0].replace("-", " ")),
+    rule(r"(?<![\d.])\d{1,9}(?:\.\d{1,9}){2,9}(?![\d.]\d)(?:[-–](?=\d))?", version),
     rule(r"\b(?:24/7|9/11)\b(?!/)", lambda m: m[0].replace("/", " ")),
     rule(rf"(?<!\d)((?:{NUMBER})(?:\s?(?:{multiples}))?)\s?([$€£])(?!\d)", r"\2\1"),
     rule(rf"([$€£])({NUMBER})[-–]\1?(?=\d)", r"\2 to \1"),
@@ -255,10 +256,11 @@ RULES = (
         r"(?=(?:[A-Z]{0,2}[$€£])?\d{1,4}(?![\d-]))",
         " to ",
     ),
-    rule(rf"\b(?:[Tt]he )?(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
+    rule(rf"\b(?<=[Tt]he )(\d{{1,2}})(?:st|nd|rd|th)? (?=(?:{MONTH})\b)", lambda m: f"{ordinal(m[1])} of "),
+    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH}),? (\d{{4}})\b", lambda m: date(m[1], m[2], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", lambda m: date(m[2], m[1], m[3])),
     rule(rf"\b({MONTH}) (\d{{1,2}})(?:st|nd|rd|th)?\b(?![.:]\d)", lambda m: date(m[2], m[1], None)),
-    rule(rf"\b(?:[Tt]he )?(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
+    rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
     rule(rf"\b({MONTH}) ((?:1[1-9]|20)\d\d)\b", lambda m: f"{month_name(m[1])} {year(m[2])}"),
     rule(r"\b([01]?\d|2[0-4])\.(?=[0-5]\d\s?[ap]\.?m\b)", r"\1:", re.IGNORECASE),
     rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
@@ -268,9 +270,9 @@ RULES = (
     rule(r"(?:(?<=[\s(])|^)(?:-|(?<!\d )–)(?=[$€£]?\d)", "minus "),
     rule(rf"(\b[A-Z]{{1,2}})?([$€£])\s?({NUMBER})(?:\s?({multiples})\b)?", money),
     rule(r"\b(\d{1,3}0)s\b", decade),
-    rule(r"(?<![\d,])(\d{1,3}(?:,\d{3}){1,4}|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1].replace(",", ""))),
+    rule(r"(?<!\d)(\d{1,3}(?:,\d{3}){1,4}|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1].replace(",", ""))),
     rule(rf"(?<!\d)({NUMBER})\s?({units})(?!\w)", quantity),
-    rule(r"\b(\d{1,4}) (\d{1,2})/(\d{1,2})\b(?!/)", mixed_fraction),
+    rule(r"(?<![\w.,/])(\d{1,3}) (\d{1,2})/(\d{1,2})\b(?!/)", mixed_fraction),
     rule(r"\b(\d{1,4})/(\d{1,4})\b", fraction),
     rule(r"(?<=\d)\^(?=-?\d)", " to the power of "),
     rule(r"\s*[–—]\s*|(?:\s+|^)-+\s+|--+", ", "),

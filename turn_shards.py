@@ -31,14 +31,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from audio import encode_pcm16, loudness_lufs, rms_dbfs, to_pcm16
+from audio import MIN_RMS_DBFS, encode_pcm16, loudness_lufs, rms_dbfs, to_pcm16
 from checkpointing import file_digest, write_atomically
 from command_line import first_line
 
 SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
 PARTS = "part-*-of-*"  # folders in a collection that several processes filled
 MIN_S, MAX_S = 0.4, 30.0  # of a turn
-MIN_RMS_DBFS = -50.0
 MAX_CLIPPED = 0.01
 CHARS_PER_S = (3.0, 30.0)
 ENTRY_KEY = b"collection_entry"  # a shard carries its own ledger line, so that it can be adopted after a crash

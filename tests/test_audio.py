@@ -149,7 +149,9 @@ def test_at_loudness_brings_speech_to_a_level_below_the_peak_and_leaves_silence(
     quiet = 0.003 * np.random.default_rng(0).standard_normal(2 * SAMPLE_RATE).astype(np.float32)
     for gain in (1.0, 30.0):
         assert loudness_lufs(at_loudness(gain * quiet), SAMPLE_RATE) == pytest.approx(TARGET_LUFS, abs=0.05)
-    clicks = np.zeros(SAMPLE_RATE, dtype=np.float32)
-    clicks[::6000] = 0.1
-    assert np.abs(at_loudness(clicks)).max() == pytest.approx(10 ** (PEAK_DBFS / 20))
-    assert not at_loudness(np.zeros(SAMPLE_RATE, dtype=np.float32)).any()
+    click = 3 * quiet
+    click[100] = 0.8
+    assert np.abs(at_loudness(click)).max() == pytest.approx(10 ** (PEAK_DBFS / 20))
+    for level in (0.0, 0.1):
+        assert np.array_equal(at_loudness(level * quiet), level * quiet)  # nobody speaks
+    assert at_loudness(quiet[:100] * 30).dtype == np.float32

@@ -879,6 +879,8 @@ def test_a_list_of_excluded_ids_may_begin_with_a_byte_order_mark_and_ids_may_hol
     path.write_text("\ufefflocal:a\nlocal:b#2\nlocal:Episode #12/001.wav\n# nothing\n #\n\n", encoding="utf-8")
     ids = {"local:a", "local:b#2", "local:Episode #12/001.wav"}
     assert collect_data.read_excluded(path) == ids | {"local:Episode"}  # as if a comment had followed it
+    path.write_text("local:amy\t# asked\nlocal:a #1 # no\n", encoding="utf-8")
+    assert {"local:amy", "local:a", "local:a #1"} < collect_data.read_excluded(path)
 
 
 def test_names_with_accents_are_the_same_however_they_are_written(tmp_path):
