@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--codebooks", type=int, help="it speaks best with the first so many (default: all)")
     add("--temperature", type=float, default=Sampling.temperature, help="of the codes it draws" + shown)
+    alone = "it has learnt single sentences only: longer texts are spoken sentence by sentence"
+    add("--one_sentence", action="store_true", help=alone)
     small = "tensors that need not be exact, in float8, e.g. depth_heads: half the bytes, up to 12 %% of error"
     add("--float8", action=Several, default=[], metavar="NAME", help=small)
     ahead = (
@@ -134,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--text_per_chunk", type=int, metavar="N", help=ahead)
     add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)
-    speaking = Speaking({"temperature": args.temperature, "codebooks": args.codebooks}, args.notes)
+    sampling = {"temperature": args.temperature, "codebooks": args.codebooks, "one_sentence": args.one_sentence}
+    speaking = Speaking(sampling, args.notes)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
     if args.text_per_chunk is not None:
         model.config = dataclasses.replace(model.config, text_per_chunk=args.text_per_chunk)

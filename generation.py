@@ -49,6 +49,7 @@ class Sampling:
     min_seconds: float = 0.0  # no end of turn before; not for csm-1b, whose end is an ordinary frame
     max_text_ids: int = 200  # a text that has not ended by then is cut
     codebooks: int | None = None  # only the first so many are drawn, heard and fed back; None = all of the model's
+    one_sentence: bool = False  # every sentence of a text is a turn of its own: all that the model has learnt
 
     def __post_init__(self) -> None:
         for name in ("temperature", "text_temperature"):

@@ -445,7 +445,7 @@ def make_app(
     @app.post("/v1/audio/speech")
     async def speech(wanted: SpeechRequest, request: Request) -> Response:
         seed = engine.voice.seed if wanted.seed is None else wanted.seed
-        texts = turns_of(wanted.input, engine.voice.raw_text)
+        texts = turns_of(wanted.input, engine.voice.raw_text, engine.voice.sampling.one_sentence)
         job = Job(lambda: talks.with_voice(engine.conversation(seed), 0, wanted.voice), saying(0, texts))
         studio.submit(job)
         return await streamed(job, wanted.response_format, request)
@@ -454,7 +454,7 @@ def make_app(
     async def say(name: str, wanted: SayRequest, request: Request) -> Response:
         texts: list[str | None] = [None]
         if wanted.text is not None:
-            texts = list(turns_of(wanted.text, engine.voice.raw_text))
+            texts = list(turns_of(wanted.text, engine.voice.raw_text, engine.voice.sampling.one_sentence))
 
         def talk() -> Conversation:
             return talks.with_voice(talks.get(name, studio.live), wanted.speaker, wanted.voice)

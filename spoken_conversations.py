@@ -34,7 +34,7 @@ from generation import Conversation, Reply, Sampling
 from inference_model import InferenceModel
 from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
-from spoken_text import read_aloud, split_text
+from spoken_text import read_aloud, split_sentences, split_text
 from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
 from weight_layouts import is_ours, load_published
 
@@ -290,12 +290,14 @@ def kept_result(folder: Path, want: dict) -> dict | None:
     return None
 
 
-def turns_of(text: str, raw_text: bool) -> list[str]:
-    """A text of any length in turns of at most `MOST_CHARACTERS`, read aloud unless `raw_text`.
+def turns_of(text: str, raw_text: bool, one_sentence: bool = False) -> list[str]:
+    """A text of any length in turns of at most `MOST_CHARACTERS`, or of a sentence, read aloud unless `raw_text`.
 
     ValueError if nothing in it can be spoken.
     """
-    pieces = split_text(clean_text(text if raw_text else read_aloud(text)), MOST_CHARACTERS)
+    words = clean_text(text if raw_text else read_aloud(text))
+    parts = split_sentences(words) if one_sentence else [words]
+    pieces = [piece for part in parts for piece in split_text(part, MOST_CHARACTERS)]
     return [piece for piece in pieces if any(character.isalnum() for character in piece)]
 
 
@@ -321,7 +323,7 @@ def speak_whole(
         return going
 
     replies: list[Reply] = []
-    for piece in turns_of(text, raw_text):
+    for piece in turns_of(text, raw_text, talk.sampling.one_sentence):
         if going:
             replies.append(talk.speak(speaker, piece, 0.0 if replies else gap, and_note))
     first = next((reply.seconds_to_first_audio for reply in replies if len(reply.samples)), math.nan)

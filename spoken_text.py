@@ -75,6 +75,11 @@ def split_text(text: str, limit: int) -> list[str]:
     return [piece[start : start + limit] for piece in pieces for start in range(0, len(piece), limit)]
 
 
+def split_sentences(text: str) -> list[str]:
+    """Joined they are `text` but for its spaces."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def packed(parts: list[str], limit: int) -> list[str]:
     """Neighbours joined while they fit."""
     joined = parts[:1]

@@ -72,7 +72,7 @@ def steps(s: Scale, out: str) -> list[tuple[str, str]]:
         (
             "Export: half precision, one folder",
             "export_voice.py --checkpoint OUT/nano/best --run OUT/nano --tokenizer OUT/tokenizer --data OUT/data "
-            "--codebooks 10 --temperature 0 --float8 depth_heads --text_per_chunk 200 --out OUT/voice",
+            "--codebooks 10 --temperature 0 --one_sentence --float8 depth_heads --text_per_chunk 200 --out OUT/voice",
         ),
         (
             "Demo: times, prices and dates",

@@ -353,6 +353,18 @@ def test_long_texts_are_spoken_in_turns_of_their_speaker_and_numbers_in_words(fl
     assert not row["ended_by_itself"]
 
 
+def test_a_voice_of_single_sentences_speaks_one_a_turn_and_none_is_lost(flags, checkpoints, tmp_path):
+    own = shutil.copytree(checkpoints["plain"], tmp_path / "own")
+    (own / "speaking.json").write_text(json.dumps({"sampling": {"one_sentence": True}, "notes": ""}))
+    turns = [{"speaker": 1, "text": "It is 3.50. Is it late? Yes!"}]
+    asked = flags([{"turns": turns}], "plain", max_seconds=0.3, min_seconds=0.3)
+    asked[asked.index("--checkpoint") + 1] = str(own)
+    assert run(demo.main, asked) == EXIT_DONE
+    (row,) = summary(tmp_path / "out")[0]["turns"]
+    assert row["text"] == "It is three point five zero. Is it late? Yes!"
+    assert row["seconds"] == pytest.approx(3 * 0.24)
+
+
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 
