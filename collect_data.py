@@ -203,7 +203,7 @@ class Rules:
         return turn.source not in VOICE_SETS and (turn.conv_key, turn.turn_index) in self.places
 
     def is_changed(self, turn: TurnRecord) -> bool:
-        """Whether an earlier run was given the same samples in the same place with another text or speaker."""
+        """Whether the source has given the same samples with another text or speaker."""
         utt_id, *told = self.known.get(turn.pcm_sha256, ("", "", ""))
         return utt_id.split(":")[0] == turn.utt_id.split(":")[0] and told != [turn.speaker_id, turn.text]
 

@@ -20,7 +20,7 @@ from architecture import CSM, WEIGHTS_KIND, load_model
 from audio_tokenizer import AudioTokenizer
 from checkpointing import save_weights, write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run
-from generation import SPEAKING, Sampling, Speaking, check_tokenizer
+from generation import Sampling, Speaking, check_tokenizer, write_speaking
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
 from turn_shards import read_columns
@@ -51,7 +51,7 @@ def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking,
     save_weights(out / "tokenizer", KIND, dataclasses.asdict(tokenizer.config), codec)
     config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
     save_weights(out, WEIGHTS_KIND, config.to_dict(), weights)
-    write_atomically(out / SPEAKING, (json.dumps(speaking._asdict(), indent=2) + "\n").encode())
+    write_speaking(out, speaking)
 
 
 def data_line(data: Path) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from architecture import CSM, CSMCache
 from audio import FRAME_RATE, SAMPLE_RATE
 from audio_tokenizer import AudioTokenizer
+from checkpointing import write_atomically
 from conversational_memory import MemoryState
 from frames import N_PROSODY, Clock, Rows, Turn
 from inference_model import InferenceModel
@@ -92,6 +93,10 @@ def read_speaking(folder: Path | str) -> Speaking:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say how to speak: {error}") from error
     return found
+
+
+def write_speaking(folder: Path, speaking: Speaking) -> None:
+    write_atomically(folder / SPEAKING, (json.dumps(speaking._asdict(), indent=2) + "\n").encode())
 
 
 class Reply(NamedTuple):

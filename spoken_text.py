@@ -45,6 +45,7 @@ COMPARISONS = {
     "≤": "less than or equal to", "≥": "greater than or equal to",
 }  # fmt: skip
 PLAIN = {"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "−": "-", "\u00a0": " ", "\u202f": " "}
+SENTENCE_END = r"(?<=[.!?])\s+"
 NUMBER = r"\d{1,3}(?:,\d{3}){1,9}(?:\.\d+)?|\d+(?:\.\d+)?"
 
 
@@ -66,7 +67,7 @@ def split_text(text: str, limit: int) -> list[str]:
     if limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
     pieces = [" ".join(text.split())]
-    for border in (r"(?<=[.!?])\s+", r"(?<=[,;:])\s+", r"\s+"):
+    for border in (SENTENCE_END, r"(?<=[,;:])\s+", r"\s+"):
         pieces = [
             part
             for piece in pieces
@@ -77,7 +78,7 @@ def split_text(text: str, limit: int) -> list[str]:
 
 def split_sentences(text: str) -> list[str]:
     """Joined they are `text` but for its spaces."""
-    return re.split(r"(?<=[.!?])\s+", text.strip())
+    return re.split(SENTENCE_END, text.strip())
 
 
 def packed(parts: list[str], limit: int) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import uuid
 from pathlib import Path
@@ -23,10 +22,9 @@ import torch
 
 from architecture import CSM
 from audio_tokenizer import AudioTokenizer
-from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, MissingRequirement, first_line, only_run_in, run
 from fine_tuning import add_lora, start_from
-from generation import SPEAKING, Sampling, Speaking, read_speaking
+from generation import SPEAKING, Sampling, Speaking, read_speaking, write_speaking
 from model_sizes import PRESETS, CSMConfig
 from ranks import Ranks, join_ranks, pick_device, use_threads
 from run_folder import read_metrics
@@ -169,10 +167,9 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
 
 def keep_speaking(sampling: dict, folder: Path) -> None:
     """Weights trained further are spoken with as those they began with; what these could say is not passed on."""
-    content = json.dumps(Speaking(sampling, notes="")._asdict(), indent=2) + "\n"
     for own in (folder, folder / "best"):
         if sampling and (own / WEIGHTS).is_file() and not (own / SPEAKING).is_file():
-            write_atomically(own / SPEAKING, content.encode())
+            write_speaking(own, Speaking(sampling, notes=""))
 
 
 def describe(args, c: TrainConfig, device, ranks: Ranks, n: int, trained: int | None, gib: float, data) -> None:
