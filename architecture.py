@@ -274,10 +274,6 @@ class CSM(nn.Module):
         """(..., D) backbone states -> (..., text vocabulary). The head is the table of the text embedding."""
         return F.linear(states, self.text_embedding.weight.to(states.dtype))
 
-    def embed_code(self, codebook: int, codes: Tensor) -> Tensor:
-        """(N,) codes of one codebook -> (N, E) depth decoder inputs."""
-        return self.projection(self.audio_embedding(codes + codebook * self.config.audio_vocab_size))
-
     def depth_inputs(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """(N, D) backbone states, (N, k) codes 0..k-1 -> (N, k + 1, E)."""
         inputs = self.audio_embedding(codes + self.code_offsets[: codes.size(1)])  # (N, k, D)

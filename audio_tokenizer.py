@@ -126,13 +126,11 @@ class EncoderStream:
             raise ValueError(f"the stream was opened for {self.batch_size} waveforms, got {len(wave)}")
         samples = torch.cat([self.waiting, wave.to(self.waiting)], dim=1)
         whole = samples.size(1) // FRAME_SAMPLES * FRAME_SAMPLES
-        self.waiting = samples[:, whole:].clone()  # a view would keep all samples alive
-        if whole == 0:
-            return torch.zeros(len(wave), 0, self.codec.config.n_codebooks, dtype=torch.int64, device=self.codec.device)
-        parts = []
-        for chunk in samples[:, :whole].split(CHUNK_FRAMES * FRAME_SAMPLES, dim=1):
-            codes, self.state = self.codec.encode_frames(chunk, self.state)
+        parts, state = [samples.new_zeros(len(wave), 0, self.codec.config.n_codebooks, dtype=torch.int64)], self.state
+        for chunk in samples[:, :whole].split(CHUNK_FRAMES * FRAME_SAMPLES, dim=1) if whole else ():
+            codes, state = self.codec.encode_frames(chunk, state)
             parts.append(codes)
+        self.state, self.waiting = state, samples[:, whole:].clone()  # a view would keep all samples alive
         return torch.cat(parts, dim=1)
 
     def flush(self) -> Tensor:

@@ -150,6 +150,11 @@ def state_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("state-*.pt") if STATE_PATTERN.fullmatch(path.name))
 
 
+def step_of(path: Path) -> int:
+    """Of one of `state_files`."""
+    return int(path.stem.rpartition("-")[2])
+
+
 def load_state(path: Path) -> dict:
     """One training state. ValueError: torn or of another format; OSError, MemoryError: the machine cannot read it."""
     try:

@@ -105,6 +105,10 @@ def character_ids(text: str, alphabet: Sequence[str]) -> np.ndarray:
     return np.array([ids[c] for c in text.casefold() if c in ids], dtype=np.int64)
 
 
+def has_digits(text: str) -> bool:
+    return any(character.isdigit() for character in text)
+
+
 def can_be_aligned(characters: np.ndarray, n_frames: float) -> bool:
     """Whether CTC can align so many characters with the frames; equal neighbours need a blank between them."""
     repeats = int((characters[1:] == characters[:-1]).sum())
@@ -149,8 +153,9 @@ class Utterances:
     """Transcribed clips of a split; every batch is a function of seed and step alone."""
 
     def __init__(self, clips: list[tuple[str, str, np.ndarray]]):
-        """(speaker, text, samples as of `Crops`) of each clip. Too long ones and those with too little time for their
-        text are left out; `alphabet` holds the letters that occur."""
+        """(speaker, text, samples as of `Crops`) of each clip. Too long ones, those with too little time for their text
+        and those with digits, which do not say how they are read, are left out; `alphabet` holds the letters that
+        occur."""
         self.alphabet = letters_of(text for _, text, _ in clips)
         self.speakers = sorted({speaker for speaker, _, _ in clips})
         self.phones: list[str] = []  # those that occur, once there is an alignment
@@ -158,7 +163,7 @@ class Utterances:
         for number, (speaker, text, samples) in enumerate(clips):
             letters = character_ids(text, self.alphabet)
             fits = can_be_aligned(letters, len(samples) / FRAME_SAMPLES / SPEEDS[1])
-            if fits and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE:
+            if fits and len(samples) <= LONGEST_SECONDS * SAMPLE_RATE and not has_digits(text):
                 self.items.append(Transcribed(to_pcm16(samples), letters, self.speakers.index(speaker), number))
 
     @property
@@ -212,23 +217,25 @@ def _varied(item: Transcribed, random: np.random.Generator) -> tuple[np.ndarray,
     samples = item.pcm / np.float32(32768)
     places = np.arange(0, len(samples) - 1, speed)
     wave = np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
-    wave = _masked(wave, random) * np.float32(10 ** (random.uniform(-8, 2) / 20))
-    n_frames = -(-len(wave) // FRAME_SAMPLES)
+    wave, silent = _masked(wave, random)
+    wave, n_frames = wave * np.float32(10 ** (random.uniform(-8, 2) / 20)), len(silent)
     features, phones = np.zeros((n_frames, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
     if item.features is not None:
         frames = np.minimum(np.round(speed * np.arange(n_frames)).astype(int), len(item.features) - 1)
         features = item.features[frames].astype(np.float32)
     if item.phones is not None:
         middle = (speed * (np.arange(SPREAD * n_frames) + 0.5)).astype(int)
-        phones = item.phones[np.minimum(middle, len(item.phones) - 1)]
+        phones = np.where(silent.repeat(SPREAD), NO_PHONE, item.phones[np.minimum(middle, len(item.phones) - 1)])
     return wave, features, phones
 
 
-def _masked(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    n_frames = len(samples) // FRAME_SAMPLES
+def _masked(samples: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Samples (N,) of which some frames are silent now, and which (T,)."""
+    n_frames, silent = len(samples) // FRAME_SAMPLES, np.zeros(-(-len(samples) // FRAME_SAMPLES), dtype=bool)
     for start in random.integers(max(1, n_frames), size=round(MASKED * n_frames / SPAN_FRAMES)):
         samples[start * FRAME_SAMPLES : (start + SPAN_FRAMES) * FRAME_SAMPLES] = 0
-    return samples
+        silent[start : start + SPAN_FRAMES] = True
+    return samples, silent
 
 
 def draw_prefixes(seed: int, step: int, batch_size: int, n_semantic: int) -> Tensor:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
-from codec_batches import SPREAD, can_be_aligned, character_ids, letters_of
+from codec_batches import SPREAD, can_be_aligned, character_ids, has_digits, letters_of
 from speech_metrics import (
     Figure,
     Item,
     bootstrap,
     code_histograms,
 )
+from turn_shards import is_named
 
 PROBE_STEPS = 800
 PROBE_BATCH = 6  # small batches and many steps get further in the same time
@@ -164,14 +165,15 @@ def character_gates(
 ) -> list[Gate]:
     """The same probe on the semantic and on the acoustic codes: where the words are."""
     alphabet = letters_of(clip.text for clip in (*fit, *held_out))
-    spelt, asked_all = ([(clip, character_ids(clip.text, alphabet)) for clip in clips] for clips in (fit, held_out))
+    told = [[clip for clip in clips if not has_digits(clip.text)] for clips in (fit, held_out)]
+    spelt, asked_all = ([(clip, character_ids(clip.text, alphabet)) for clip in clips] for clips in told)
     learnt = [(clip, ids) for clip, ids in spelt if can_be_aligned(ids, len(clip.codes))]
     asked = [(clip, ids) for clip, ids in asked_all if len(ids)]
     names = ("CER of the probe, semantic", "CER of the probe, acoustic", "CER of the probe, semantic less acoustic")
     how = f"{PROBE_STEPS} steps on {len(learnt)} clips, greedy CTC; n: held-out clips"
     bound = {"sense": "<=", "threshold": -0.15}
     if not learnt or not asked:
-        note = "not measured: no clip with a text that fits its frames"
+        note = "not measured: no clip with a text that fits its frames, and no digits"
         return [Gate(name=names[2], value=None, **bound, n=0, how=how, note=note)]
     errors = []  # of each stack, one per clip
     for books in (slice(0, n_semantic), slice(n_semantic, None)):
@@ -225,7 +227,8 @@ def speaker_gates(
     fit: Sequence[Coded], held_out: Sequence[Coded], n_semantic: int, n_codes: int, seed: int
 ) -> list[Gate]:
     """The same linear probe on mean-pooled semantic and acoustic codes: where the voice is."""
-    speakers = sorted({clip.speaker for clip in fit})
+    speakers = sorted({clip.speaker for clip in fit if is_named(clip.speaker)})
+    fit = [clip for clip in fit if clip.speaker in speakers]
     known = [clip for clip in held_out if clip.speaker in speakers]
     names = ("speaker probe, semantic", "speaker probe, acoustic", "speaker probe, semantic less acoustic")
     how = f"accuracy of a linear probe of {len(speakers)} speakers, fitted on {len(fit)} clips; n: held-out clips"

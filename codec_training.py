@@ -25,11 +25,11 @@ from audio import FRAME_SAMPLES
 from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_disguises, draw_prefixes
 from codec_discriminators import DISCRIMINATORS, Discriminators, fooling_loss, telling_loss
 from codec_losses import SpectralDistance
-from hearing_losses import Hearing
+from hearing_losses import MIN_SAMPLES, Hearing
 from mimi_tokenizer import is_mimi
 from muon import Muon
 from ranks import Ranks
-from rvq_tokenizer import PRESETS, Disguise, RVQTokenizer, load_tokenizer
+from rvq_tokenizer import DELAY_SAMPLES, PRESETS, Disguise, RVQTokenizer, load_tokenizer
 from semantic_supervision import SemanticHeads, disagreement
 from semantic_teacher import TEACHERS
 
@@ -117,7 +117,8 @@ class TrainConfig:
             )
         if self.adversarial and not (self.stage_c or self.keep_codes):
             raise ValueError(f"adversarial={self.adversarial} needs a stage_c above 0")
-        least = 6 if self.hearing and (self.stage_c or self.keep_codes) else 4
+        heard = math.ceil((MIN_SAMPLES + DELAY_SAMPLES) / FRAME_SAMPLES)
+        least = heard if self.hearing and (self.stage_c or self.keep_codes) else 4
         if self.crop_frames < least:
             raise ValueError(f"crop_frames={self.crop_frames} must be at least {least} (4 without hearing)")
 
@@ -271,7 +272,9 @@ def build_run(
     heads = discriminators = teller = None
     if config.ctc_weight:
         if utterances is None or not utterances.items:
-            raise ValueError("ctc_weight: no training clip has a text that fits its length; collect some, or give 0")
+            raise ValueError(
+                "ctc_weight: no training clip has a text that fits its length, and no digits; collect some, or give 0"
+            )
         sizes = (len(utterances.alphabet), len(utterances.speakers), utterances.feature_width, len(utterances.phones))
         heads = SemanticHeads(model.config.codebook_dim, *sizes).to(device)
     if config.adversarial:

@@ -302,13 +302,13 @@ def read_excluded(path: Path | None) -> frozenset[str]:
 
 def tell_unmatched(folder: Path, rules: Rules) -> None:
     """One line about excluded ids that have kept nothing out of a collection, in this run or before."""
-    told = "\n".join(
-        reject["detail"]
+    told = [
+        f", {reject['detail'].removeprefix('by ')}, "
         for path in (place for ledger in ledgers(folder) for place in ledger.parent.glob("rejects/*/*.jsonl"))
         for reject in map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if reject["reason"] == "excluded"
-    )
-    if unmatched := sorted(name for name in rules.unmatched if name not in told):
+    ]
+    if unmatched := sorted(name for name in rules.unmatched if not any(f", {name}, " in names for names in told)):
         hint = "; a comment is better on a line of its own" if any(map(COMMENT.search, unmatched)) else ""
         print(f"--exclude_ids: {len(unmatched)} id(s) have kept nothing out so far, the first: {unmatched[0]}{hint}")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from turn_shards import MAX_S
+from turn_shards import MAX_S, NAMELESS
 
 RESULT, SUMMARY = "result.json", "summary.json"  # of a conversation that a batch of demo.py spoke, and of all of it
 AUDIO_KEYS = ("path", "url", "audio")  # of an item of type audio
@@ -36,7 +36,7 @@ class Recording:
 
     audio: Path | bytes
     text: str | None
-    speaker: str = "unknown"
+    speaker: str = NAMELESS
     conversation: str
     turn_index: int = 0
     start: float | None = None

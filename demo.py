@@ -38,7 +38,7 @@ from command_line import (
 from conversation_formats import SUMMARY
 from generation import SHIPPED, SPEAKING, Sampling, read_speaking
 from mimi_tokenizer import HUB_NAME
-from ranks import use_threads
+from ranks import pick_device, use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import CSM_1B, DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
@@ -200,7 +200,11 @@ def speak_all(args: argparse.Namespace) -> int:
             return stop.exit_code
         results.sort(key=lambda result: result["index"])
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        summary = {"settings": settings, "environment": describe_environment(), "conversations": results}
+        summary = {
+            "settings": settings,
+            "environment": describe_environment(pick_device(args.device)),
+            "conversations": results,
+        }
         write_atomically(args.out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     print_results(results, args.max_seconds)
     note_training(args.checkpoint)
@@ -214,10 +218,11 @@ def print_results(results: list[dict], max_seconds: float) -> None:
     timing = f"{'first audio':>13}{'real-time factor':>18}"
     print(f"{'conversation':14}{'turn':>5}{'speaker':>8}{'seconds':>9}{timing}{'level':>9}  end")
     for result in results:
+        name = result["id"].encode("utf-8", "backslashreplace").decode()
         for number, row in enumerate(result.get("turns", ()), start=1):
-            print(f"{result['id']:14}{number:>5}{row['speaker']:>8}{describe_turn(row, max_seconds)}")
+            print(f"{name:14}{number:>5}{row['speaker']:>8}{describe_turn(row, max_seconds)}")
         if result["status"] != "done":
-            print(f"{result['id']:14}{result['status']:>13}  {result.get('reason', 'from an earlier run')}")
+            print(f"{name:14}{result['status']:>13}  {result.get('reason', 'from an earlier run')}")
     spoken = [row for result in results for row in result.get("turns", ()) if row.get("file")]
     if spoken:
         first = statistics.median(row["seconds_to_first_audio"] for row in spoken) * 1000
@@ -282,7 +287,8 @@ def serve(args: argparse.Namespace) -> int:
         with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
             hosts = (*LOCAL, *args.names) if args.host in LOCAL else ()
             app = make_app(engine, voices, studio, Path(args.checkpoint).name, hosts)
-            print(f"http://{args.host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"http://{host}:{own.getsockname()[1]}/ with {len(voices)} voices; Ctrl-C ends", flush=True)
             hide_interruptions()
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
             uvicorn.Server(config).run(sockets=[own])
@@ -298,7 +304,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     except OSError as error:
         own.close()
         raise ValueError(
-            f"cannot listen on {host} port {port} ({error.strerror or error}); give another --port"
+            f"cannot listen on {host} port {port} ({error.strerror or error}); give another --host or --port"
         ) from error
     own.listen()  # from now on who comes waits, and is not refused while the server starts
     return own
@@ -308,6 +314,8 @@ def typed_lines(talk: Chat) -> Iterator[str]:
     """What is typed or piped in, to its end."""
     with contextlib.suppress(ImportError):  # line editing, where the system has it
         import readline  # noqa: F401 - input() uses it once it is imported
+    with contextlib.suppress(AttributeError):  # where it is a stream of another kind
+        sys.stdin.reconfigure(errors="replace")  # what is piped in may be anything
     warned = False  # a moment earlier Ctrl-C would only have ended the reply
     while True:
         try:

@@ -81,7 +81,7 @@ from turn_shards import data_digest
 FORMAT = 6  # of the report and its parts; a part of another format is measured anew
 CHECKPOINT, TOKENIZER = Path("runs/minimal"), Path("runs/tokenizer")
 CLIPS_FOR_CODES = 10  # times `max_clips`: codebook use needs many frames and only the encoder
-MOST_FITTED = 1000  # clips that the probes of the gates learn from; 4 times the held-out ones, as the splits are
+MOST_FITTED = 1000  # clips that the probes of the gates learn from
 OF_REPLIES = ("max_replies", "codebooks", "temperature")  # settings that the tokenizer's part does not depend on
 
 
@@ -131,7 +131,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gates",
         action="store_true",
-        help="check the tokenizer against its gates instead: a table, and pictures in --out; no report is written",
+        help="check the tokenizer against its gates instead: a table, and pictures in --out; no report is written. "
+        "Exit code 3 if it misses one",
     )
     parser.add_argument(
         "--validate",
@@ -175,8 +176,8 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if args.tokenizer is None:
         args.tokenizer = SHIPPED / "tokenizer" if not TOKENIZER.is_dir() and SHIPPED.is_dir() else TOKENIZER
     if args.checkpoint is None:
-        own = SHIPPED if args.tokenizer == SHIPPED / "tokenizer" else CHECKPOINT
-        args.checkpoint = own if (own / "model.safetensors").is_file() else None
+        own = {SHIPPED / "tokenizer": SHIPPED, TOKENIZER: CHECKPOINT}.get(args.tokenizer)
+        args.checkpoint = own if own and (own / "model.safetensors").is_file() else None
     spoken = {"temperature": Settings().temperature, **read_speaking(args.checkpoint or CHECKPOINT).sampling}
     for name in ("codebooks", "temperature"):
         if getattr(args, name) is None:
@@ -230,7 +231,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
     shared |= {"data": data_digest(args.data)}
     report = {
         "format": FORMAT,
-        "environment": describe_environment(),
+        "environment": describe_environment(args.device),
         "settings": dataclasses.asdict(settings),
         "metrics": {
             **{name: dataclasses.asdict(metric) for name, metric in METRICS.items()},
@@ -245,7 +246,8 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
         lambda audio: evaluate_tokenizer(clips, more_clips, tokenizer, tools, settings, audio),
     )
     report["model"] = None
-    report["model_absent"] = f"there is no checkpoint at {checkpoint}" if model is None else None
+    absent = f"there is no checkpoint at {checkpoint} for this tokenizer"
+    report["model_absent"] = absent if model is None else None
     if model is not None:
         weights = [file_digest(checkpoint / name) for name in ("model.safetensors", "config.json")]
         own = {"checkpoint": weights, "device": args.device}
@@ -340,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.gates:
             gates = measure_gates(args, settings)
             print(json.dumps(gates, allow_nan=False) if args.json else f"pictures: {args.out}")
-            return EXIT_DONE
+            return EXIT_PARTIAL if any(gate["passed"] is False for gate in gates["gates"]) else EXIT_DONE
         if args.validate:
             return validate(args, settings)
         if args.answers:

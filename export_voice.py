@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
     if args.text_per_chunk is not None:
         model.config = dataclasses.replace(model.config, text_per_chunk=args.text_per_chunk)
-    for given, written in ((args.checkpoint, args.out), (args.tokenizer, args.out / "tokenizer")):
+    read = [(given, args.out) for given in (args.checkpoint, args.run, args.tokenizer) if given is not None]
+    for given, written in (*read, (args.tokenizer, args.out / "tokenizer")):
         if given.resolve() == written.resolve():
             raise ValueError(f"--out {args.out} would overwrite {given}, which is read; choose another")
     card = model_card(model, args.checkpoint, args.run or args.checkpoint, args.tokenizer, args.data, speaking)

@@ -254,6 +254,8 @@ class Conversation:
         self.cache = CSMCache(self.model)
         self.clock = Clock()
         self.kept: list[KeptTurn] = []
+        self.under_way = False  # a turn has been begun and not ended
+        self.to_stand: tuple[Clock, MemoryState | None] | None = None  # at the end of a `restore` under way
 
     @property
     def turns(self) -> list[Turn]:
@@ -288,14 +290,9 @@ class Conversation:
         )
         self._make_room(self.layout.turn_length(len(ids), len(codes)), speaker if pinned else None)
         before = self.standing()
-        try:
+        with self._whole_or_none(before):
             self._read(self.layout.turn_rows(turn, self.clock))
-        except BaseException:  # also Ctrl-C: half a turn in the cache would be part of all that follows
-            self.restore(self.kept, *before)
-            raise
-        if pinned:
-            self.unpin(speaker)
-        self._keep(turn, before, speaker if pinned else None)
+            self._keep(turn, before, speaker if pinned else None)
 
     def unpin(self, speaker: int) -> None:
         """Let the turn that shows a speaker's voice leave the window as any other does."""
@@ -305,12 +302,10 @@ class Conversation:
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
     ) -> str:
         """Hear a turn and write down what was said. ValueError for a model without a text head."""
-        steps, sent = self.listening(speaker, samples=samples, codes=codes, gap_seconds=gap_seconds), None
-        while True:
-            try:
-                sent = self._done(steps.send(sent))
-            except StopIteration as end:
-                return end.value
+        try:
+            next(self._alone(self.listening(speaker, samples=samples, codes=codes, gap_seconds=gap_seconds)))
+        except StopIteration as end:  # it yields nothing
+            return end.value
 
     def listening(
         self, speaker: int, *, samples: np.ndarray | None = None, codes: Tensor | None = None, gap_seconds: float = 0.0
@@ -322,16 +317,13 @@ class Conversation:
         self._make_room(self.layout.turn_length(len(prompt) + self.sampling.max_text_ids, len(codes)))
         before = self.standing()
         turn = Turn(list(prompt), codes, len(prompt), "listen", gap_seconds * FRAME_RATE)
-        try:
+        with self._whole_or_none(before):
             hidden = self._read(self.layout.turn_rows(turn, self.clock, ends=False))
             while turn.text_ids[-1] != self.text_tokenizer.eos:
                 hidden = yield Unread(self._write_id(turn, hidden), self.cache)
-        except BaseException:
-            self.restore(self.kept, *before)
-            raise
-        self.layout.end_turn(turn, self.clock)
-        text = turn_text(self.text_tokenizer, speaker, turn.text_ids)
-        self._keep(turn._replace(prosody=self._prosody(samples, len(text))), before)
+            self.layout.end_turn(turn, self.clock)
+            text = turn_text(self.text_tokenizer, speaker, turn.text_ids)
+            self._keep(turn._replace(prosody=self._prosody(samples, len(text))), before)
         return text
 
     def stream(self, speaker: int, text: str | None, gap_seconds: float = 0.0) -> Iterator[np.ndarray]:
@@ -339,15 +331,9 @@ class Conversation:
 
         Text given, it is read whole, then spoken; else text and voice come in turns. The chunks together are the turn.
         It joins the conversation when it ends, when it is cut at `max_seconds`, or when the caller stops reading;
-        `turns[-1]` holds it and `ended` says whether the model ended it.
+        `turns[-1]` holds it and `ended` says whether the model ended it. A turn that an error breaks off was none.
         """
-        sent = None
-        with contextlib.closing(self.steps(speaker, text, gap_seconds)) as steps, contextlib.suppress(StopIteration):
-            while True:
-                found = steps.send(sent)
-                sent = self._done(found) if isinstance(found, Wanted | Unread) else None
-                if sent is None:
-                    yield found
+        yield from self._alone(self.steps(speaker, text, gap_seconds))
 
     def steps(
         self, speaker: int, text: str | None, gap_seconds: float = 0.0
@@ -365,41 +351,44 @@ class Conversation:
         before = self.standing()
         order = "speak" if text is not None else "joint"
         turn = Turn(list(ids), None, len(prompt), order, gap_seconds * FRAME_RATE)
-        self.clock.begin_turn(turn.gap)
-        self.ended = False
-        frames = _Frames(self)
-        try:
-            hidden = self._read(self.layout.text_rows(turn.text_ids, len(prompt), self.clock))
-            while not self.ended and len(frames.first) < self.sampling.max_frames:
-                if len(frames.first) % self.layout.frames_per_chunk == 0:
-                    for _ in range(self.layout.text_per_chunk):
-                        if turn.text_ids[-1] != self.text_tokenizer.eos:
-                            frames.unread = self._write_id(turn, hidden)
-                            hidden = yield Unread(frames.unread, self.cache)
-                            frames.unread = None
-                written = turn.text_ids[-1] == self.text_tokenizer.eos
-                may_end = written and len(frames.first) >= self.sampling.min_frames
-                self.ended = not frames.begin(hidden, (yield self.speaker.begin_frame(hidden, may_end)))
-                if (wanted := frames.wanted(all_of_them=self.ended)) is not None:
-                    samples = frames.finish((yield wanted))
-                    if len(samples):
-                        yield samples
-                if not self.ended:
-                    frames.unread = self._on_device(self.layout.audio_row(frames.codes(), self.clock))
-                    frames.n_placed = len(frames.first)
-                    hidden = yield Unread(frames.unread, self.cache)
-                    frames.unread = None
+        with self._whole_or_none(before):
+            self.clock.begin_turn(turn.gap)
+            self.ended, frames = False, _Frames(self)
+            with contextlib.suppress(GeneratorExit):  # the caller has stopped reading
+                yield from self._spoken(turn, frames)
             if (wanted := frames.wanted(all_of_them=True)) is not None:
+                frames.finish(self.speaker.continue_frames(*wanted))
+            self._close(turn, speaker, frames, before)
+
+    def _spoken(self, turn: Turn, frames: _Frames) -> Generator[Wanted | Unread | np.ndarray, Tensor | None, None]:
+        """`steps` of a turn of which nothing has been read, up to its end or `max_frames`."""
+        hidden = self._read(self.layout.text_rows(turn.text_ids, turn.n_prompt, self.clock))
+        while not self.ended and len(frames.first) < self.sampling.max_frames:
+            if len(frames.first) % self.layout.frames_per_chunk == 0:
+                for _ in range(self.layout.text_per_chunk):
+                    if turn.text_ids[-1] != self.text_tokenizer.eos:
+                        frames.unread = self._write_id(turn, hidden)
+                        hidden = yield Unread(frames.unread, self.cache)
+                        frames.unread = None
+            written = turn.text_ids[-1] == self.text_tokenizer.eos
+            may_end = written and len(frames.first) >= self.sampling.min_frames
+            self.ended = not frames.begin(hidden, (yield self.speaker.begin_frame(hidden, may_end)))
+            if (wanted := frames.wanted(all_of_them=self.ended)) is not None:
                 samples = frames.finish((yield wanted))
                 if len(samples):
                     yield samples
-            samples = frames.flush()
+            if not self.ended:
+                frames.unread = self._on_device(self.layout.audio_row(frames.codes(), self.clock))
+                frames.n_placed = len(frames.first)
+                hidden = yield Unread(frames.unread, self.cache)
+                frames.unread = None
+        if (wanted := frames.wanted(all_of_them=True)) is not None:
+            samples = frames.finish((yield wanted))
             if len(samples):
                 yield samples
-        finally:
-            if (wanted := frames.wanted(all_of_them=True)) is not None:  # the caller has stopped reading
-                frames.finish(self.speaker.continue_frames(*wanted))
-            self._close(turn, speaker, frames, before)
+        samples = frames.flush()
+        if len(samples):
+            yield samples
 
     def speak(
         self,
@@ -435,23 +424,63 @@ class Conversation:
 
     def restore(self, kept: Sequence[KeptTurn], clock: Clock, memory: MemoryState | None) -> None:
         """Stand where a conversation stood whose window held the turns `kept`; they are read anew, each with the memory
-        as it was before it. The random draws stay those of this one."""
-        self.cache.forget_context()
-        self.kept, position = [], 0
+        as it was before it. The random draws stay those of this one. What breaks it off loses none: the next turn makes
+        up for it."""
+        placed, rows, position = [], [], 0
         for turn in kept:
             own = turn.clock.copy()
             own.position = position
-            self.kept.append(turn._replace(clock=own.copy()))
-            self._recall(turn.memory)
-            self._read(self.layout.turn_rows(turn.turn, own))
+            placed.append(turn._replace(clock=own.copy()))
+            rows.append(self.layout.turn_rows(turn.turn, own))
             position = own.position
-        self._recall(memory)
-        self.clock = clock.copy()
+        self.kept, self.clock = placed, clock.copy()
         self.clock.position = position
+        self.to_stand = (self.clock.copy(), memory)
+        self.cache.forget_context()
+        for turn, own_rows in zip(placed, rows, strict=True):
+            self._recall(turn.memory)
+            self._read(own_rows)
+        self._recall(memory)
+        self.to_stand = None
 
     def standing(self) -> tuple[Clock, MemoryState | None]:
         """When the next turn begins, and what the memory holds."""
+        if self.to_stand is not None:
+            return self.to_stand
         return self.clock.copy(), None if self.cache.memory is None else self.cache.memory.state
+
+    @contextlib.contextmanager
+    def _whole_or_none(self, before: tuple[Clock, MemoryState | None]) -> Iterator[None]:
+        """Whatever breaks off what is within, also Ctrl-C, the conversation stands where it did before: half a turn in
+        the cache would be part of all that follows."""
+        self.under_way = True
+        try:
+            yield
+        except BaseException:
+            self.restore(self.kept, *before)
+            raise
+        finally:
+            self.under_way = False
+
+    def _alone(
+        self, steps: Generator[Wanted | Unread | np.ndarray, Tensor | None, str | None]
+    ) -> Generator[np.ndarray, None, str | None]:
+        """What `steps` yield, but for what they wait for, which they are given for this conversation alone."""
+        sent = None
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    found = steps.send(sent)
+                except StopIteration as end:
+                    return end.value
+                sent = None
+                if isinstance(found, Wanted | Unread):
+                    try:
+                        sent = self._done(found)
+                    except BaseException as error:
+                        steps.throw(error)  # closed instead, they would read the same row twice
+                else:
+                    yield found
 
     def _need_text_head(self, verb: str) -> None:
         if not self.model.config.text_head:
@@ -487,7 +516,7 @@ class Conversation:
         return self._on_device(self.layout.text_rows(turn.text_ids[-1:], turn.n_prompt, self.clock, first))
 
     def _done(self, asked: Wanted | Unread) -> Tensor:
-        """What a turn under way waits for, for this conversation alone."""
+        """What a turn under way waits for."""
         return self.speaker.continue_frames(*asked) if isinstance(asked, Wanted) else self._states(*asked)
 
     def _close(self, turn: Turn, speaker: int, frames: _Frames, before: tuple) -> None:
@@ -506,8 +535,10 @@ class Conversation:
 
     @torch.inference_mode()
     def _keep(self, turn: Turn, before: tuple[Clock, MemoryState | None], voice_of: int | None = None) -> None:
-        self.kept.append(KeptTurn(turn, *before, voice_of))
         self.model.end_turn(self.cache, turn.prosody[None].to(self.device))
+        if voice_of is not None:
+            self.unpin(voice_of)
+        self.kept.append(KeptTurn(turn, *before, voice_of))
 
     def _read(self, rows: Rows) -> Tensor:
         """Run rows through the backbone behind what the cache holds; (1, D) state of the last one."""
@@ -527,14 +558,19 @@ class Conversation:
         Then more of them, but not the newest, until half of what pinned turns leave is free: the rest is read anew once
         in many turns. The pinned turn of `voice_of`, who is to have another, goes as any other.
         """
+        if self.under_way:
+            raise ValueError("a turn of this conversation is under way: read it to its end, or close() it, first")
+        if self.to_stand is not None:
+            self.restore(self.kept, *self.to_stand)
         limit, used = self.model.config.max_positions, self.clock.position
         lengths = [self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in self.turns]
         pinned = sum(n for n, kept in zip(lengths, self.kept, strict=True) if kept.voice_of not in (None, voice_of))
         if needed + pinned > limit:
             beside = f" beside {pinned} rows of voices" if pinned else ""
             raise ValueError(
-                f"a turn of {needed} rows (text and up to {self.sampling.max_seconds} s of audio) does not fit "
-                f"the model's {limit} positions{beside}; shorten it or lower max_seconds"
+                f"a turn of {needed} rows (its text and {FRAME_RATE} a second of audio, of what is to be spoken up to "
+                f"max_seconds={self.sampling.max_seconds}) does not fit the model's {limit} positions{beside}; "
+                "shorten it"
             )
         if used + needed <= limit:
             return

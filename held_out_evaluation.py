@@ -45,7 +45,7 @@ from spoken_validation import Tools, hear_codes, mean_cosine, run_away_after, sp
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
 from training import batch_losses
-from turn_shards import TurnRecord
+from turn_shards import TurnRecord, is_named
 
 PLAYERS = 12  # clips that the page offers to listen to
 CONTEXT_TURNS = 4  # that a generated turn hears before it
@@ -178,15 +178,18 @@ def compare_speakers(
 ) -> float | None:
     """Each copy against its original, and the two baselines that the number is read between.
 
-    Returns the median cosine of two originals of a speaker; None if no speaker has two.
+    Speakers without a name may be many, and are no one's other clips. Returns the median cosine of two originals of a
+    speaker; None if no speaker has two.
     """
     voices = [
         {system: tools.embed(wave) for system, wave in systems.items()}
         for systems in tqdm(waves, desc="comparing speakers", unit="clip")
     ]
     for i, (own, conversation) in enumerate(zip(voices, conversations, strict=True)):
-        same = [v[ORIGINAL] for j, v in enumerate(voices) if j != i and speakers[j] == speakers[i]]
-        other = [v[ORIGINAL] for j, v in enumerate(voices) if speakers[j] != speakers[i]]
+        named = is_named(speakers[i])
+        same = [v[ORIGINAL] for j, v in enumerate(voices) if named and j != i and speakers[j] == speakers[i]]
+        others = (j for j, speaker in enumerate(speakers) if is_named(speaker) and speaker != speakers[i])
+        other = [voices[j][ORIGINAL] for j in others if named]
         pairs = {
             f"{FULL} to its original": (FULL, [own[ORIGINAL]]),
             f"{FULL} to the speaker's other clips": (FULL, same),
@@ -198,7 +201,8 @@ def compare_speakers(
             tally.add("speaker_similarity", name, conversation, mean_cosine, own[system], others)
     originals = [(speaker, v[ORIGINAL]) for speaker, v in zip(speakers, voices, strict=True)]
     heard = [(speaker, voice) for speaker, voice in originals if not isinstance(voice, NotMeasurable)]
-    cosines = [float(a @ b) for (one, a), (other, b) in itertools.combinations(heard, 2) if one == other]
+    pairs = [(a, b) for (one, a), (other, b) in itertools.combinations(heard, 2) if one == other and is_named(one)]
+    cosines = [float(a @ b) for a, b in pairs]
     return float(np.median(cosines)) if cosines else None
 
 

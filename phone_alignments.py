@@ -41,7 +41,7 @@ class Clip(NamedTuple):
 
 
 def tokens_of(text: str) -> list[str]:
-    return re.findall(r"[a-z']+", text.lower())
+    return re.findall(r"(?:[^\W\d_]|')+", text.lower().replace("\u2019", "'"))
 
 
 def hear(decoder: Any, pcm: bytes) -> None:

@@ -21,20 +21,21 @@ from checkpointing import write_atomically
 PANELS = 3  # of a picture, side by side
 
 
-def describe_environment() -> dict:
-    """What a result needs to be repeated: command, commit, versions, hardware."""
+def describe_environment(device: torch.device | str = "cpu") -> dict:
+    """What a result needs to be repeated: command, commit, versions, and the hardware that it was computed on."""
     here = Path(__file__).parent
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
         commit = git.stdout.strip()
     except OSError:
         commit = ""  # no git here
+    on_gpu = torch.device(device).type == "cuda"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
     }
 
@@ -42,12 +43,12 @@ def describe_environment() -> dict:
 class RunLog:
     """Scalars of a run to `metrics.jsonl` and TensorBoard. Resuming at step s drops what was logged from s on."""
 
-    def __init__(self, folder: Path, settings: dict, start: int):
+    def __init__(self, folder: Path, settings: dict, start: int, device: torch.device | str = "cpu"):
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        content = json.dumps({**settings, "environment": describe_environment()}, indent=2, default=str) + "\n"
+        content = json.dumps({**settings, "environment": describe_environment(device)}, indent=2, default=str) + "\n"
         write_atomically(folder / "settings.json", content.encode())
         kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] < start]
         write_atomically(folder / "metrics.jsonl", "".join(kept).encode())

@@ -408,6 +408,7 @@ def report_extras(root: Path, packages: Packages | None) -> None:
         pins = [pin for path in requirement_files(root, [extra])[1:] for pin in read_pins(path, python)]
         absent = missing_pins(pins, packages)
         state = "present" if not absent else "absent" if len(absent) == len(pins) else "in part"
+        state = state if pins else f"nothing for Python {python[0]}.{python[1]}"
         print(f"\nextra {extra} ({state}): {adds}")
         for pin in pins:
             print(f"  {'-' if pin in absent else '+'} {pin.name + ' ' + pin.version:32} {pin.adds}")
@@ -468,6 +469,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             with only_setup_of(args.venv):
                 complete(root, args.venv, args.extras)
         wrong = check(root, args.venv, args.extras)
+        for extra in args.extras if not wrong else ():
+            refuse_unfit(root, args.venv, extra)
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -479,6 +482,14 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return EXIT_MISSING
     print(f"\nready: {python_of(args.venv)}")
     return EXIT_DONE
+
+
+def refuse_unfit(root: Path, venv: Path, extra: str) -> None:
+    """SetupFailed where all packages of an extra are for other Pythons."""
+    python = read_packages(venv).python
+    if not any(read_pins(path, python) for path in requirement_files(root, [extra])[1:]):
+        found = f"extra {extra} has nothing for the Python {python[0]}.{python[1]} of {venv}"
+        raise SetupFailed(EXIT_MISSING, f"{found} ({EXTRAS[extra]}); the rest is ready")
 
 
 def complete(root: Path, venv: Path, extras: list[str]) -> None:

@@ -7,7 +7,7 @@ the backbone, where each attends its own past. A conversation says what it would
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Generator, Hashable, Iterator
+from collections.abc import Collection, Generator, Hashable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -51,14 +51,23 @@ class Together:
 
     def round(self, resting: Collection[Hashable] = ()) -> Iterator[Happened]:
         """One pass for all but the `resting`: yields (name, samples) that are new, of those that are done (name, None),
-        or (name, text) if they listened. The error of one, (name, error), ends that one only.
+        or (name, text) if they listened. An error, (name, error), ends the turn it is of, or all that shared a pass.
         """
         names = [name for name in self.steps if name not in resting]
-        codes = self._draw({name: self.waiting.pop(name) for name in names if name in self.waiting})
+        asked = {name: self.waiting.pop(name) for name in names if name in self.waiting}
+        try:
+            codes = self._draw(asked)
+        except Exception as error:
+            yield from self._break_off(asked, error)
+            codes = {}
         for name in names:
             if name not in self.unread:  # who writes waits for a state again
                 yield from self._advance(name, codes.get(name))
-        self._read({name: self.unread.pop(name) for name in names if name in self.unread})
+        unread = {name: self.unread.pop(name) for name in names if name in self.unread}
+        try:
+            self._read(unread)
+        except Exception as error:
+            yield from self._break_off(unread, error)
         while self.states:
             name = next(iter(self.states))
             yield from self._advance(name, self.states.pop(name))
@@ -82,6 +91,16 @@ class Together:
         except Exception as error:
             self.stop(name)
             yield name, error
+
+    def _break_off(self, names: Iterable[Hashable], error: Exception) -> Iterator[Happened]:
+        """End the turns of a pass that has failed: they were none."""
+        for name in names:
+            if (steps := self.steps.get(name)) is not None:
+                own = RuntimeError(f"{type(error).__name__}: {error}")  # two turns must not raise the same
+                with contextlib.suppress(Exception):
+                    steps.throw(own)
+                self.stop(name)
+                yield name, own
 
     def _read(self, unread: dict[Hashable, Unread]) -> None:
         if unread:

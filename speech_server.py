@@ -2,13 +2,14 @@
 
     GET  /                        the page
     POST /v1/audio/speech         {"input": TEXT, "voice": NAME, "response_format": "wav"|"pcm"|"flac"|"mp3", "seed": N}
+                                  (no format is wav, where OpenAI's own endpoint gives mp3)
     GET  /v1/models, /v1/voices
     POST /talk/ID/say             {"speaker": N, "text": TEXT or null, "voice": NAME or null} -> 16-bit PCM as it comes
     POST /talk/ID/hear?speaker=N  a wav, flac, ogg or mp3 file -> {"text": what the model heard}
     GET  /talk/ID                 the turns of a conversation; DELETE forgets it
 
 PCM is 24 kHz, mono. wav and pcm are sent while they are spoken. One thread does all of torch's work; up to `speaking`
-requests share each pass of the depth decoder, `waiting` more queue, others are told to come back (429). A file to be
+requests share each pass of both stages, `waiting` more queue, others are told to come back (429). A file to be
 heard lasts at most a minute (413). Errors are JSON as OpenAI's: {"error": {"message", "type", "param", "code"}}.
 """
 
@@ -26,6 +27,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
@@ -160,7 +162,11 @@ class Studio:
 
     def submit(self, job: Job) -> None:
         """Let a job be spoken when its turn comes. Busy: too many wait."""
-        waiting = sum(not other.cancelled for other in self.waiting.copy())
+        for other in self.waiting.copy():
+            if other.cancelled:  # and its samples with it
+                with contextlib.suppress(ValueError):  # the other thread has just taken it
+                    self.waiting.remove(other)
+        waiting = len(self.waiting)
         free = max(0, self.speaking - len(self.live))  # begin with the next round
         if waiting >= self.most_waiting + free:
             raise Busy(f"{len(self.live)} requests are spoken and {waiting} wait; try again later")
@@ -189,7 +195,7 @@ class Studio:
             self.woken.clear()
             try:
                 self.round()
-            except Exception as error:  # nobody's own, as of the pass that all share
+            except Exception as error:  # nobody's own
                 for job in list(self.live):  # each is given one of its own: two requests must not raise the same
                     self.end(job, RuntimeError(f"{type(error).__name__}: {error}"))
         for job in list(self.live):
@@ -330,19 +336,26 @@ def failure(status: int, message: str, param: str | None = None) -> JSONResponse
     return JSONResponse({"error": error}, status, headers={"Retry-After": "1"} if status == 429 else None)
 
 
+def host_of(origin: str) -> str | None:
+    with contextlib.suppress(ValueError):
+        return urlsplit(origin).hostname
+    return None
+
+
 class Limited:
-    """Refuses bodies that are too long, unread, and requests by other names than `hosts`, if there are any. Not one of
-    Starlette's own, behind which a response that breaks off with an error looks whole."""
+    """Refuses bodies that are too long, unread, and requests by other names than `hosts` or from pages of others, if
+    there are any. Not one of Starlette's own, behind which a response that breaks off with an error looks whole."""
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] = ()):
-        self.app, self.hosts = app, hosts
+        self.app, self.hosts = app, [name.lower() for name in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self.refusal(Request(scope)) if scope["type"] == "http" else None
         await (refusal or self.app)(scope, receive, send)
 
     def refusal(self, request: Request) -> Response | None:
-        if self.hosts and request.url.hostname not in self.hosts:  # a page elsewhere whose name leads here
+        asked = [request.url.hostname, *map(host_of, request.headers.getlist("origin"))]
+        if self.hosts and not all(name in self.hosts for name in asked):  # a page elsewhere, or whose name leads here
             return failure(403, f"this server answers to {', '.join(self.hosts)} only; a proxy's name: --names NAME")
         length = request.headers.get("content-length", "0")
         counted = "content-length" in request.headers and "transfer-encoding" not in request.headers

@@ -28,7 +28,7 @@ import synthetic_voices
 from audio import read_audio
 from command_line import MissingRequirement
 from conversation_formats import Recording, messages_of, recordings_of_csm, recordings_of_moshi
-from turn_shards import MAX_S, Reject, ShardWriter, TurnRecord, composed, make_turn
+from turn_shards import MAX_S, NAMELESS, Reject, ShardWriter, TurnRecord, composed, make_turn
 
 DIALOGUES = Path(__file__).parent / "corpus" / "dialogues.txt"
 NUMBERS, QUESTIONS = DIALOGUES.with_name("numbers.txt"), DIALOGUES.with_name("questions.txt")
@@ -495,7 +495,7 @@ def grouped_by_voice(recordings: list[Recording]) -> list[Recording]:
 
     for recording in recordings:
         conversation = root(f"conversation {recording.conversation}")
-        if recording.speaker != "unknown":
+        if recording.speaker != NAMELESS:
             one, other = sorted((conversation, root(f"voice {recording.speaker}")))
             parents[one] = other  # the last name in the alphabet, a voice if there is one, names the group
     groups = [root(f"conversation {recording.conversation}") for recording in recordings]
@@ -525,7 +525,7 @@ def read_folder(folder: Path) -> list[Recording]:
             Recording(
                 audio=path,
                 text=text,
-                speaker="unknown" if speaker == "." else speaker,
+                speaker=NAMELESS if speaker == "." else speaker,
                 conversation=path.relative_to(folder).as_posix(),
                 name=name,
             )
@@ -616,7 +616,7 @@ def local_turn(folder: Path, row: dict, number: int) -> Recording:
     return Recording(
         audio=folder / name,
         text=str(row["text"] or ""),
-        speaker=str(row.get("speaker", "unknown")),
+        speaker=str(row.get("speaker", NAMELESS)),
         conversation=str(row.get("conversation", name)),
         turn_index=index,
         start=start,

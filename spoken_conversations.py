@@ -68,13 +68,17 @@ CONVERSATION = {
     "required": ["turns"],
     "additionalProperties": False,
     "properties": {
-        "id": {"type": "string", "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$", "description": "name of its folder"},
+        "id": {
+            "type": "string",
+            "pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$(?!\\n)",
+            "description": "name of its folder",
+        },
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
         "voices": {
             "type": "object",
             "additionalProperties": False,
             "patternProperties": {
-                "^[0-9]{1,2}$": {
+                "^(?:0|[1-9][0-9]?)$(?!\\n)": {
                     "type": "object",
                     "required": ["audio", "text"],
                     "additionalProperties": False,
@@ -176,6 +180,10 @@ class Engine(NamedTuple):
 # ---- a file of requests ----------------------------------------------------------------------------------------------
 
 
+def no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def read_requests(path: Path) -> tuple[list[Request], list[dict]]:
     """The conversations of a file of the form `SCHEMA`, and a failure for each that is not as it should be.
 
@@ -184,8 +192,8 @@ def read_requests(path: Path) -> tuple[list[Request], list[dict]]:
     import jsonschema
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({describe(error) or 'nested too deeply'})") from error
     items = content.get("conversations") if isinstance(content, dict) else None
     if not isinstance(items, list) or not items or len(content) != 1:

@@ -26,6 +26,7 @@ ABBREVIATIONS = {
     "approx.": "approximately", "dept.": "department", "est.": "established", "a.k.a.": "also known as",
     "Ave.": "Avenue", "Blvd.": "Boulevard", "Rd.": "Road",
 }  # fmt: skip
+BEHIND_TIMES = "(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*|Eastern|Central|Mountain|Pacific|[A-Z]{1,2}[SD]?T|UTC|GMT|I"
 UNITS = {  # one, several
     "km/h": ("kilometer per hour", "kilometers per hour"), "mph": ("mile per hour", "miles per hour"),
     "m/s": ("meter per second", "meters per second"),
@@ -45,7 +46,7 @@ COMPARISONS = {
     "≤": "less than or equal to", "≥": "greater than or equal to",
 }  # fmt: skip
 PLAIN = {"‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "−": "-", "\u00a0": " ", "\u202f": " "}
-SENTENCE_END = r"(?<=[.!?])\s+"
+SENTENCE_END = r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+(?=[\"']?(?!I\b)[A-Z])"
 NUMBER = r"\d{1,3}(?:,\d{3}){1,9}(?:\.\d+)?|\d+(?:\.\d+)?"
 
 
@@ -118,9 +119,9 @@ def year(digits: str) -> str:
     return num2words(int(digits), to="year") if len(digits) == 4 and digits[0] != "0" else number(digits)
 
 
-def decade(match: re.Match) -> str:
-    """1990s -> nineteen nineties"""
-    words = year(match[1])
+def decade(digits: str) -> str:
+    """1990 -> nineteen nineties"""
+    words = year(digits)
     return words[:-1] + "ies" if words.endswith("y") else words + "s"
 
 
@@ -161,6 +162,12 @@ def time(match: re.Match) -> str:
     return f"{words} and {num2words(second)} {UNITS['s'][second != 1]}" if second else words
 
 
+def abbreviation(match: re.Match) -> str:
+    """etc. -> et cetera, with its full stop where a sentence begins behind it"""
+    ends = match[1] == "etc." and match.string[match.end() :][1:2].isupper()
+    return ABBREVIATIONS[match[1]] + "." * ends
+
+
 def half_of_day(half: str | None) -> str:
     return f" {half[0].lower()} m" if half else ""
 
@@ -192,6 +199,13 @@ def version(match: re.Match) -> str:
 def long_number(digits: str) -> str:
     """A round one is a quantity, any other a name: its digits."""
     return number(digits) if digits.endswith("000") else one_by_one(digits)
+
+
+def apart(match: re.Match, words: str) -> str:
+    """The words for what matched, apart from letters, digits and commas that touch it."""
+    text, start, end = match.string, match.start(), match.end()
+    before, behind = text[max(0, start - 1) : start], text[end : end + 1]
+    return " " * (before.isalnum() or before in ",;:.") + words + " " * behind.isalnum()
 
 
 def comparison(match: re.Match) -> str:
@@ -226,6 +240,7 @@ def rule(pattern: str, words: str | Callable[[re.Match], str], flags: int = 0) -
 
 units = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
 multiples = "|".join(sorted(LARGE, key=len, reverse=True))
+on = rf"(?-i:[a-z]|(?:{MONTH}|{BEHIND_TIMES})\b)"  # what may follow p.m. within a sentence
 short = "|".join(re.escape(name) for name in sorted(ABBREVIATIONS, key=len, reverse=True))
 RULES = (
     rule(r"(?<![\w-])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.]|[2-9]\d\d )\d{3}[-. ]\d{4}(?![\w-])", phone),
@@ -240,7 +255,7 @@ RULES = (
         r"\b([A-Za-z0-9_-]{2,63}(?:[.@/][A-Za-z0-9_-]{1,63}){0,9}\.(?:com|org|net|edu|gov|io|de|uk|fr|cz))\b",
         lambda m: m[1].replace(".", " dot ").replace("@", " at ").replace("/", " slash "),
     ),
-    rule(rf"(?<!\w)({short})(?=\W|$)", lambda m: ABBREVIATIONS[m[1]]),
+    rule(rf"(?<!\w)({short})(?=\W|$)", abbreviation),
     rule(r"\bSt\. (?=[A-Z])", "Saint "),
     rule(r"(?<![\w.])\.(?=\d)", "0."),
     rule(r"\bSt\.", "Street"),
@@ -255,11 +270,11 @@ RULES = (
     rule(r"(?<![\d.])\d{1,9}(?:\.\d{1,9}){2,9}(?![\d.]\d)(?:[-–](?=\d))?", version),
     rule(r"\b(?:24/7|9/11)\b(?!/)", lambda m: m[0].replace("/", " ")),
     rule(rf"(?<!\d)((?:{NUMBER})(?:\s?(?:{multiples}))?)\s?([$€£])(?!\d)", r"\2\1"),
-    rule(rf"([$€£])({NUMBER})[-–]\1?(?=\d)", r"\2 to \1"),
+    rule(r"([$€£])(\d[\d,]*(?:\.\d)?)[-–]\1?(?=\d)", r"\2 to \1"),
     rule(r"(?i)(?:(?<=:\d\d)|(?<=\d[ap]m)|(?<=\d [ap]m)|(?<=[ap]\.m\.)) ?[-–] ?(?=\d)", " to "),
     rule(
         r"(?:(?<=[\d%])|(?<=\d[kKMB]))(?:[-–]| ?[-–] ?(?!\d\d?(?::| ?[ap]\.?m)))"
-        r"(?=(?:[A-Z]{0,2}[$€£])?\d{1,4}(?![\d-]))",
+        r"(?=(?:[A-Z]{0,2}[$€£])?(?:\d{1,4}|\d{2,9}000)(?![\d-]))",
         " to ",
     ),
     rule(rf"\b(?<=[Tt]he )(\d{{1,2}})(?:st|nd|rd|th)? (?=(?:{MONTH})\b)", lambda m: f"{ordinal(m[1])} of "),
@@ -269,13 +284,16 @@ RULES = (
     rule(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? ({MONTH})\b", lambda m: date(m[1], m[2], None)),
     rule(rf"\b({MONTH}) ((?:1[1-9]|20)\d\d)\b", lambda m: f"{month_name(m[1])} {year(m[2])}"),
     rule(r"\b([01]?\d|2[0-4])\.(?=[0-5]\d\s?[ap]\.?m\b)", r"\1:", re.IGNORECASE),
-    rule(r"\b([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b))?", time, re.IGNORECASE),
+    rule(rf"\b([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?:\s?([ap])(?:\.m\.(?=\s+{on})|\.?m\b))?", time, re.IGNORECASE),
     rule(
-        r"\b(\d{1,2})\s?([ap])(?:\.m\.(?=\s+[a-z])|\.?m\b)", lambda m: number(m[1]) + half_of_day(m[2]), re.IGNORECASE
+        rf"\b(\d{{1,2}})\s?([ap])(?:\.m\.(?=\s+{on})|\.?m\b)",
+        lambda m: number(m[1]) + half_of_day(m[2]),
+        re.IGNORECASE,
     ),
     rule(r"(?:(?<=[\s(])|^)(?:-|(?<!\d )–)(?=[$€£]?\d)", "minus "),
     rule(rf"(\b[A-Z]{{1,2}})?([$€£])\s?({NUMBER})(?:\s?({multiples})\b)?", money),
-    rule(r"\b(\d{1,3}0)s\b", decade),
+    rule(r"\b(\d{2,3}0)s\b", lambda m: decade(m[1])),
+    rule(r"(?<!\b[Ff]or )(?<!\b[Ww]ait )(?<!\b[Aa]fter )(?<!\b[Ww]ithin )\b(\d0)s\b", lambda m: decade(m[1])),
     rule(r"(?<!\d)(\d{1,3}(?:,\d{3}){1,4}|\d+)(?:st|nd|rd|th)\b", lambda m: ordinal(m[1].replace(",", ""))),
     rule(rf"(?<!\d)({NUMBER})\s?({units})(?!\w)", quantity),
     rule(r"(?<![\w.,/])(\d{1,3}) (\d{1,2})/(\d{1,2})\b(?!/)", mixed_fraction),
@@ -284,7 +302,7 @@ RULES = (
     rule(r"\s*[–—]\s*|(?:\s+|^)-+\s+|--+", ", "),
     rule(r"(?<![\d.,])((?:1[1-9]|20)\d\d)(?![\d%]|[.,]\d)", lambda m: year(m[1])),
     rule(r"(?<![\d.,])(\d{7,})(?![\d]|[.,]\d)", lambda m: f" {long_number(m[1])} "),
-    rule(rf"(?:{NUMBER})", lambda m: f" {number(m[0])} "),
+    rule(rf"(?:{NUMBER})", lambda m: apart(m, number(m[0]))),
     rule("[{}]".format(re.escape("".join(SYMBOLS))), lambda m: f" {SYMBOLS[m[0]]} "),
     rule(r"(?<=\w)/(?=\w)", " "),
     rule(r"[*_~^|<>{}\[\]()\\/`]", " "),

@@ -147,7 +147,9 @@ def append_shard(
 
 
 def append(path: Path, place: int, content: bytes) -> None:
-    """Write at `place`, over what an interrupted run left behind it, to the disk."""
+    """Write at `place`, over what an interrupted run left behind it, to the disk. ValueError: the file ends before."""
+    if (size := path.stat().st_size if path.is_file() else 0) < place:
+        raise ValueError(f"{path} is damaged: {size} bytes, {place} expected; delete {path.parent}, it is made again")
     with open(path, "r+b" if path.is_file() else "w+b") as file:
         file.seek(place)
         file.write(content)

@@ -32,7 +32,7 @@ from rvq_tokenizer import load_tokenizer
 from spoken_validation import SpokenValidation
 from text_tokenizer import load_text_tokenizer
 from token_cache import TokenCache
-from training import WEIGHTS, choose_bf16, sharded, train
+from training import WEIGHTS, choose_bf16, is_complete, sharded, train
 from training_config import HELP, TrainConfig, recipe
 from training_start import check_disk, check_memory, codes_of, data_for, new_model, sized, weight_bytes
 
@@ -43,6 +43,7 @@ ADDITIONS = {  # fields of a CSMConfig that have a flag
     "semantic_heads": "of the ConversationalMemory; 0 = no such store",
     "prosodic_heads": "of the ConversationalMemory; 0 = no such store",
     "text_head": "predict text too",
+    "text_per_chunk": "ids of text before each chunk of audio in the joint order",
 }
 
 
@@ -144,15 +145,16 @@ def train_in(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> in
             raise ValueError("--lora_rank works with --parallel ddp only")
         trained = sum(p.numel() for p in add_lora(model, args.lora_rank, args.lora_alpha, c.seed, new))
     held = 0 if isinstance(model, CSMConfig) or device.type != "cpu" else weight_bytes(model)
-    gib = check_memory(config, c, device, ranks, trained, held)
+    complete = ranks.from_first(is_complete(args.out, c))
+    gib = 0.0 if complete else check_memory(config, c, device, ranks, trained, held)
     if isinstance(model, CSMConfig):
         model = new_model(config, c.seed, tokenizer)
     n_parameters = sum(p.numel() for p in model.parameters())
-    if ranks.first:
+    if ranks.first and not complete:
         check_disk(args.out, n_parameters, trained, c)
         describe(args, c, device, ranks, n_parameters, trained, gib, train_data)
     spoken = None
-    if c.speak_every and ranks.first:
+    if c.speak_every and ranks.first and not complete:
         own = train_data.text_tokenizer
         sampling = Sampling(codebooks=c.speak_codebooks or None, temperature=c.speak_temperature)
         spoken = SpokenValidation(args.data, "val", tokenizer, own, c.speak_texts, c.seed, sampling, args.asr)

@@ -54,7 +54,7 @@ from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import save_tokenizer
 from semantic_teacher import teacher_features
-from turn_shards import TurnRecord, data_digest
+from turn_shards import TurnRecord, data_digest, ledgers
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
 MIN_SECONDS = 30  # of training audio
@@ -81,12 +81,8 @@ def evaluate(run: Run, clips: list[Tensor]) -> tuple[dict[str, float], Tensor, l
         sums["seconds"] += length
         codes.append(code[0])
         waves.append(wave[:, :length])
-    all_codes = torch.cat(codes).cpu()
     scalars = {f"held_out/{name}": sums[name] / sums["seconds"] for name in ("mel", "mel_semantic")}
-    if quantised:
-        usage, perplexity = codebook_use(all_codes, model.config.codebook_size)
-        scalars |= {"held_out/usage": usage.mean().item(), "held_out/perplexity": perplexity.mean().item()}
-    return scalars, all_codes, waves
+    return scalars, torch.cat(codes).cpu(), waves
 
 
 def show(run: Run, log: RunLog, originals: list[Tensor], waves: list[Tensor]) -> None:
@@ -157,6 +153,8 @@ def finish(run: Run, out: Path) -> None:
     results = {
         "step": run.step,
         **scalars,
+        "held_out/usage": usage.mean().item(),
+        "held_out/perplexity": perplexity.mean().item(),
         "held_out/clips": len(waves),
         "held_out/tokens": len(codes),
         "held_out/usage_per_codebook": [round(value, 4) for value in usage.tolist()],
@@ -216,6 +214,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         refuse_other_settings(out, {k: v for k, v in fixed.items() if k in (previous or {})})
         if ranks.first:
             print(f"{out} holds a tokenizer trained for all {config.max_steps} steps; nothing to do")
+            if ledgers(data) and (previous or {}).get("data") not in (None, data_digest(data)):
+                print(f"note: it was trained on other data than {data} holds now; for these give another --out")
             report(out)
         return EXIT_DONE
     crops, held_out, utterances, turns = load_audio(data, config.seed)
@@ -242,13 +242,14 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
     if not ranks.first:
         with StopSignals() as stop:
             stopped = train(run, None, lambda: None, stop)
+        stopped = stopped and run.step < config.max_steps
         return (stop.exit_code or EXIT_SIGTERM) if stopped else EXIT_DONE  # the signal may be another process's
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     print(
         f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
         f"{ranks.n} process(es) of {threads} thread(s), {device}, from step {run.step} of {config.max_steps}"
     )
-    log = RunLog(out, {**dataclasses.asdict(run.config), **learnt_from}, run.step)
+    log = RunLog(out, {**dataclasses.asdict(run.config), **learnt_from}, run.step, device)
     with contextlib.closing(log), StopSignals() as stop:
         stopped = train(run, log, lambda: save_state(out, run.step, run.state()), stop)
     if stopped and run.step < config.max_steps:

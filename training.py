@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from architecture import CSM, WEIGHTS_KIND, Places, Terms, count_targets, find_places, pick_depth_rows
-from checkpointing import load_newest_state, save_state, save_weights, write_atomically
+from checkpointing import load_newest_state, save_state, save_weights, state_files, step_of, write_atomically
 from command_line import EXIT_DONE, EXIT_SIGTERM, StopSignals
 from dataset_pipeline import ConversationDataset
 from fine_tuning import merged_state
@@ -336,15 +336,15 @@ def train(
     check(model, c, new, ranks)
     settings = {"train": c.identity(), "model": model.config.to_dict(), **settings}
     refuse_other_settings(folder, settings)
+    if ranks.from_first(is_complete(folder, c)):
+        return EXIT_DONE
     state = load_newest_state(folder) if ranks.first else None
     start = ranks.from_first(state["step"] if state else 0)
-    if ranks.from_first(start == c.max_steps and (folder / WEIGHTS).is_file()):
-        return EXIT_DONE
     run = begin(model, c, device, ranks, new)
     if start:
         restore(model, run.optimizer, state, ranks, str(folder))
     del state
-    log = RunLog(folder, settings, start) if ranks.first else None
+    log = RunLog(folder, settings, start, device) if ranks.first else None
     with contextlib.closing(log) if log else contextlib.nullcontext(), StopSignals() as stop:
         stopped = take_steps(run, start, train_data, val_data, c, folder, spoken, log, stop)
     if stopped:
@@ -353,6 +353,12 @@ def train(
         plot_training(folder, model.config.n_codebooks)
     export(model, folder, ranks)
     return EXIT_DONE
+
+
+def is_complete(folder: Path, c: TrainConfig) -> bool:
+    """Whether all steps were taken and the weights exported."""
+    files = state_files(folder)
+    return bool(files) and step_of(files[-1]) == c.max_steps and (folder / WEIGHTS).is_file()
 
 
 def check(model: CSM, c: TrainConfig, new: Set[str], ranks: Ranks) -> None:
@@ -399,7 +405,7 @@ def take_steps(
     stop: StopSignals,
 ) -> bool:
     """Steps from `start` to the last one; whether a signal came, in any process, and was answered by saving."""
-    best, ranks = Best(folder, c), run.ranks
+    best, ranks = Best(folder, c, start), run.ranks
     steps = range(start, c.max_steps)
     bar = tqdm(steps, initial=start, total=c.max_steps, desc="training", unit="step", disable=log is None)
     for step in bar:
@@ -450,16 +456,20 @@ def take_step(run: Training, step: int, train_data: ConversationDataset, c: Trai
 
 
 class Best:
-    """The best weights so far, in `best/`: by free-running word errors where they are measured, then held-out loss."""
+    """The best weights so far, in `best/`: by free-running word errors where they are measured, then held-out loss.
 
-    def __init__(self, folder: Path, c: TrainConfig):
+    Those of a step after `start` are not: this run may take another course from there.
+    """
+
+    def __init__(self, folder: Path, c: TrainConfig, start: int = 0):
         self.path = folder / "best" / "best.json"
         self.metrics = ["spoken/wer", "val/loss"] if c.speak_every else ["val/loss"]
         self.every = c.speak_every or c.eval_every
         self.values = [math.inf] * len(self.metrics)
         if self.path.is_file() and (folder / "best" / WEIGHTS).is_file():
             record = json.loads(self.path.read_text(encoding="utf-8"))
-            if list(record["values"]) == self.metrics:  # else the run was judged in another way until now
+            judged_alike = list(record["values"]) == self.metrics  # else the run was judged in another way until now
+            if judged_alike and record["step"] <= start:
                 self.values = list(record["values"].values())
 
     def is_judged(self, done: int, c: TrainConfig) -> bool:

@@ -47,7 +47,7 @@ class TrainConfig:
     semantic_weight: float = 1.0
     acoustic_weight: float = 1.0
     text_weight: float = 1.0
-    guidance_weight: float = 1.0
+    guidance_weight: float = 0.0
     guidance_steps: int = 1000
     memory_weight: float = 0.1
     dropout: float = 0.0
@@ -126,7 +126,7 @@ HELP = {
     "semantic_weight": "of the mean loss of the semantic codebooks after codebook 0, which weighs 1",
     "acoustic_weight": "of the mean loss of the acoustic codebooks",
     "text_weight": "of the text loss",
-    "guidance_weight": "of the attention guidance at first; needs cross-attention; 0 = none",
+    "guidance_weight": "of the attention guidance at first; needs cross-attention; 0 = none, as good",
     "guidance_steps": "the guidance weight falls linearly to 0 within so many steps",
     "memory_weight": "of the prosody that the memory should expect",
     "dropout": "of what every block adds",
@@ -152,7 +152,7 @@ HELP = {
 SMALL_DATA = {"dropout": 0.1, "drop_frames": 0.5, "replace_codes": 0.1, "shallow": 0.3, "semantic_share": 0.25}
 OFTEN = {"max_steps": 5000, "warmup": 100, "save_every": 100, "eval_every": 100, "eval_rows": 4}
 LARGE = {"max_steps": 50_000, "warmup": 1000, "row_positions": 2048, "save_every": 500}
-LARGE |= {"eval_every": 500, "eval_rows": 32, "guidance_steps": 5000}
+LARGE |= {"eval_every": 500, "eval_rows": 32}
 RECIPES: dict[str, dict] = {
     "nano": {**SMALL_DATA, **OFTEN, "lr": 1e-3, "min_lr": 1e-4},
     "micro": {**SMALL_DATA, **OFTEN, "max_steps": 20_000, "lr": 6e-4, "min_lr": 6e-5, "batch_rows": 8},
@@ -161,9 +161,9 @@ RECIPES: dict[str, dict] = {
     "medium": {**LARGE, "lr": 1.2e-4, "min_lr": 1.2e-5, "batch_rows": 8, "grad_accum": 4, "recompute": True},
     "csm-1b": {**LARGE, "lr": 2e-4, "min_lr": 2e-5, "batch_rows": 8, "grad_accum": 2},
 }
-# From pretrained weights: a tenth of the rate, a short run, small batches, no guidance (ask for it for new attention)
+# From pretrained weights: a tenth of the rate, a short run, small batches
 FINE_TUNING = {"max_steps": 2000, "warmup": 50, "lr": 2e-5, "min_lr": 2e-6, "batch_rows": 2, "row_positions": 2048}
-FINE_TUNING |= {"save_every": 100, "eval_every": 100, "eval_rows": 4, "guidance_weight": 0.0}
+FINE_TUNING |= {"save_every": 100, "eval_every": 100, "eval_rows": 4}
 
 
 def recipe(size: str, fine_tuning: bool = False) -> dict:

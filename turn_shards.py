@@ -38,9 +38,14 @@ from command_line import first_line
 SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
 PARTS = "part-*-of-*"  # folders in a collection that several processes filled
 MIN_S, MAX_S = 0.4, 30.0  # of a turn
+NAMELESS = "unknown"  # a speaker of whom nothing is known; two of them may be two people
 MAX_CLIPPED = 0.01
 CHARS_PER_S = (3.0, 30.0)
 ENTRY_KEY = b"collection_entry"  # a shard carries its own ledger line, so that it can be adopted after a crash
+
+
+def is_named(speaker_id: str) -> bool:
+    return speaker_id.rpartition(":")[2] != NAMELESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)  # hours of speech are thousands of them

@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     if not set(precisions) <= set(PRECISIONS):
         raise ValueError(f"precision={args.precision} must be one or several of {','.join(PRECISIONS)}")
     use_threads(args.threads)
-    info = describe_environment() | {"transformers": transformers_version()}
+    info = describe_environment(args.device) | {"transformers": transformers_version()}
     work = read_work(args)
     names = ["ours", *REFERENCES, *list(work)[1:]]
     alone = peaks_alone(args, names, precisions) if args.memory and args.device == "cpu" else {}

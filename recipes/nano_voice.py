@@ -2,10 +2,11 @@
 
     ./run_experiment.sh full [--scale smoke] [--out DIR]      (run_experiment.bat full ... on Windows)
 
-About an hour and a half on 2 CPU cores; --scale smoke takes the same steps in minutes, to see that they work. It makes
-the weights of step 2,400 that pretrained/nano went on from, but for the tokenizer, which also heard 0.6 hours of
-`--sources sentences`. Each step skips or resumes what it has already done, so this may be stopped and started at any
-time. Needs no package but Python's own.
+About an hour and a half on 2 CPU cores; --scale smoke takes the same steps in minutes, to see that they work. It is how
+the weights of step 2,400 were made that pretrained/nano went on from, by the code as it is now: their tokenizer also
+heard 0.6 hours of `--sources sentences`, its decoder learnt without `--hearing` and its codebooks did not settle, and
+their attention was guided, which was worth nothing (README). Each step skips or resumes what it has already done, so
+this may be stopped and started at any time. Needs no package but Python's own.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def steps(s: Scale, out: str) -> list[tuple[str, str]]:
             f"Speech model: nano reads; what is heard of held-out texts is measured every {s.every} steps",
             "train.py --model_size nano --data OUT/data --tokenizer OUT/tokenizer --out OUT/nano "
             f"--max_steps {s.model_steps} --batch_rows 1 --joint 0 --listen 0 --text_only 0 --evict 0 "
-            "--guidance_steps 800 --depth_share 0.005 --semantic_share 1 --acoustic_weight 0 --shallow 0.9 "
+            "--depth_share 0.005 --semantic_share 1 --acoustic_weight 0 --shallow 0.9 "
             f"{every} --speak_codebooks 1 --speak_temperature 0.6",
         ),
         (

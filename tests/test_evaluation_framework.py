@@ -321,6 +321,7 @@ def test_silenced_words_and_swapped_speakers_show_in_the_figures(tools):
     tally = Tally()
     compare_speakers(tools, tally, list("abc"), list("yyy"), waves[3:])  # every reconstruction has another's voice
     swapped = tally.figures(seed=0)["speaker_similarity"]
+    assert compare_speakers(tools, Tally(), list("abc"), ["local:unknown"] * 3, waves[3:]) is None  # may be one or many
     assert swapped[f"{FULL} to its original"].value < swapped[f"{SEMANTIC} to its original"].value - 0.2
     assert swapped["baseline: original to other speakers"].excluded == {"no clip to compare with": 3}
 
@@ -424,3 +425,4 @@ def test_what_is_measured_by_default_fits_together(tmp_path, monkeypatch, there,
     args = evaluation_framework.parse_flags([])
     assert args.tokenizer.as_posix() == tokenizer
     assert (args.checkpoint and args.checkpoint.as_posix()) == checkpoint
+    assert evaluation_framework.parse_flags(["--tokenizer", "kyutai/mimi"]).checkpoint is None

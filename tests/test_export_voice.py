@@ -111,6 +111,7 @@ def test_what_would_be_overwritten_or_not_be_spoken_is_refused(trained, tmp_path
     for flags, message in (
         (["--out", str(tmp_path)], "would overwrite"),
         (["--out", str(tmp_path / "run")], "would overwrite"),
+        (["--out", str(tmp_path / "tokenizer")], "would overwrite"),
         (["--out", str(tmp_path / "voice"), "--codebooks", "99"], "codebooks=99 must be at most the tokenizer's 4"),
     ):
         before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors"))

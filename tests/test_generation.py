@@ -388,6 +388,26 @@ def test_a_caller_who_interrupts_a_reply_leaves_a_whole_turn(talk, n_chunks, n_f
     assert_cache_holds_the_turns(conversation)
 
 
+@pytest.mark.parametrize("begin", ["stream", "listening"])
+def test_a_turn_beside_one_that_is_under_way_is_refused_and_breaks_neither(talk, begin):
+    conversation = talk(LASTING, own=full_model())
+    first = conversation.stream(0, "hello") if begin == "stream" else conversation.listening(0, codes=some_codes(4))
+    next(first)
+    others = [
+        lambda: conversation.speak(1, "and I?"),
+        lambda: conversation.listen(1, codes=some_codes(3)),
+        lambda: conversation.add_turn(1, "and I?", codes=some_codes(3)),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="under way"):
+            other()
+    first.close()
+    for other in others:
+        other()
+    assert len(conversation.turns) == 3 + (begin == "stream")
+    assert_cache_holds_the_turns(conversation)
+
+
 def test_an_immediate_end_of_a_delayed_model_is_an_empty_turn(talk):
     conversation = talk(own=with_end_of_turn_logit(full_model(), 1e9))
     for speaker in (0, 1):
@@ -618,6 +638,60 @@ def test_a_turn_whose_reading_is_broken_off_was_none(talk, make, monkeypatch):
     assert len(ours.turns) == 1
     for conversation in (ours, theirs):
         conversation.add_turn(1, "Good evening.", codes=some_codes(4))
+    assert torch.equal(ours.speak(0, "Hello.").codes, theirs.speak(0, "Hello.").codes)
+
+
+def interrupt(conversation, after: int, monkeypatch) -> None:
+    """The next pass but `after` of its backbone is done, and then there is no next one: as Ctrl-C would have it."""
+    read, left = conversation._states, [after]
+
+    def interrupted(*args):
+        states = read(*args)
+        left[0] -= 1
+        if left[0] < 0:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return states
+
+    monkeypatch.setattr(conversation, "_states", interrupted)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 7])
+@pytest.mark.parametrize("verb", ["speak", "reply", "listen"])
+def test_a_turn_that_is_broken_off_within_a_pass_was_none(talk, verb, after, monkeypatch):
+    greedy = dataclasses.replace(GREEDY, max_text_ids=30, min_seconds=1.0)
+    ours, theirs = talk(greedy, own=full_model()), talk(greedy, own=full_model())
+    for conversation in (ours, theirs):
+        conversation.add_turn(0, "Hello.", codes=some_codes(6))
+    take = {
+        "speak": lambda: ours.speak(1, "Good morning."),
+        "reply": lambda: ours.reply(1),
+        "listen": lambda: ours.listen(1, codes=some_codes(9)),
+    }
+    interrupt(ours, after, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        take[verb]()
+    assert len(ours.turns) == 1 and not ours.under_way
+    assert torch.equal(ours.reply(1).codes, theirs.reply(1).codes)
+    assert torch.equal(ours.speak(0, "Hello.").codes, theirs.speak(0, "Hello.").codes)
+    assert_cache_holds_the_turns(ours)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_window_whose_reading_anew_is_broken_off_loses_no_turn(talk, after, monkeypatch):
+    ours, theirs = talk(own=full_model()), talk(own=full_model())
+    for number in range(5):
+        for conversation in (ours, theirs):
+            conversation.add_turn(number % 2, f"Turn {number}.", codes=some_codes(30, number))
+    interrupt(ours, after, monkeypatch)
+    with pytest.warns(UserWarning, match="left the context"), pytest.raises(KeyboardInterrupt):
+        ours.add_turn(1, "One more.", codes=some_codes(60))
+    with pytest.warns(UserWarning, match="left the context"):
+        theirs.add_turn(1, "One more.", codes=some_codes(60))
+    kept = [turn.codes for turn in theirs.turns[:-1]]
+    assert len(kept) > 1 and all(map(torch.equal, [turn.codes for turn in ours.turns], kept))
+    ours.add_turn(1, "One more.", codes=some_codes(60))
+    assert len(ours.turns) == len(theirs.turns) and ours.clock == theirs.clock
     assert torch.equal(ours.speak(0, "Hello.").codes, theirs.speak(0, "Hello.").codes)
 
 

@@ -14,7 +14,7 @@ from training_config import TrainConfig, lr_at, term_weights
 
 TEXT = {0: "hello", 1: "good day"}
 GREEDY = Sampling(temperature=0, text_temperature=0, max_seconds=2.0)
-CONFIG = TrainConfig(max_steps=300, lr=1e-2, depth_share=1.0, guidance_weight=0.0)
+CONFIG = TrainConfig(max_steps=300, lr=1e-2, depth_share=1.0)
 CPU = torch.device("cpu")
 
 

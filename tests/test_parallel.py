@@ -21,7 +21,7 @@ from training_config import TrainConfig
 FLAGS = {"max_steps": 4, "batch_rows": 2, "row_positions": 160, "warmup": 2, "save_every": 1, "keep_last": 9}
 FLAGS |= {"eval_every": 2, "eval_rows": 1, "precision": "fp32", "device": "cpu", "threads": 1, "grad_accum": 2}
 FLAGS |= {"dropout": 0.0, "drop_frames": 0.2, "replace_codes": 0.1, "shallow": 0.3, "lr": 1e-3, "guidance_steps": 3}
-FLAGS |= {"semantic_share": 0.3}
+FLAGS |= {"semantic_share": 0.3, "guidance_weight": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ from training_config import TrainConfig
 config = full_config()
 torch.manual_seed(0)
 with join_ranks(torch.device("cpu")) as (ranks, device):
-    c = TrainConfig(batch_rows=2, parallel="fsdp", guidance_weight=0.0)
+    c = TrainConfig(batch_rows=2, parallel="fsdp")
     run = begin(CSM(config), c, device, ranks, frozenset())
     codes = torch.randint(0, 16, (9, 4)) if ranks.first else None  # the other has no audio, so no pools either
     rows = Rows(*(x[None] for x in config.layout.turn_rows(Turn([1, 65, 66, 2], codes))))

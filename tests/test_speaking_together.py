@@ -34,6 +34,35 @@ def talks(inference, tokenizer) -> list[Conversation]:
     ]
 
 
+@pytest.mark.parametrize("shared", ["_draw", "_read"])
+def test_a_pass_that_fails_ends_its_turns_as_if_they_had_not_been(shared, tokenizer, monkeypatch):
+    inference = InferenceModel(full_model())
+    ours, theirs = talks(inference, tokenizer), talks(inference, tokenizer)
+    together, real, calls = Together(), getattr(Together, shared), []
+
+    def fail(self, asked):
+        found = real(self, asked)
+        calls.append(asked)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return found
+
+    monkeypatch.setattr(Together, shared, fail)
+    for name, talk in enumerate(ours):
+        together.begin(name, talk, talk.steps(0, TEXTS[0]))
+    errors = []
+    while len(together):
+        errors += [name for name, found in together.round() if isinstance(found, RuntimeError)]
+    assert len(errors) > 1 and calls[2]
+    monkeypatch.undo()
+    for name in errors:
+        assert not ours[name].turns and not ours[name].under_way
+        for talk in (ours[name], theirs[name]):
+            talk.add_turn(1, "Good day.", codes=torch.zeros(3, 4, dtype=torch.int64))
+        assert ours[name].clock == theirs[name].clock
+        assert ours[name].cache.keys.length == theirs[name].cache.keys.length
+
+
 def heard(together: Together) -> dict:
     """Samples of all that speak, to their ends."""
     chunks: dict = {}

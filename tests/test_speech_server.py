@@ -243,8 +243,12 @@ def test_who_asks_by_another_name_is_refused_where_names_are_given(engine):
     with contextlib.closing(Running(engine, {}, hosts=demo.LOCAL)) as running:
         for host in ("127.0.0.1", "localhost:8000", "[::1]:8000"):
             assert running.connect("GET", "/v1/models", headers={"Host": host}).status == 200
-        refused = running.connect("GET", "/v1/models", headers={"Host": "evil.example"})
-        assert refused.status == 403 and b"--names NAME" in refused.read()
+        for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+            refused = running.connect("GET", "/v1/models", headers=headers)
+            assert refused.status == 403 and b"--names NAME" in refused.read()
+        assert running.connect("GET", "/v1/models", headers={"Origin": "http://localhost:8000"}).status == 200
+    with contextlib.closing(Running(engine, {}, hosts=(*demo.LOCAL, "Proxy.Example"))) as running:
+        assert running.connect("GET", "/v1/models", headers={"Host": "proxy.example"}).status == 200
 
 
 def test_a_talk_goes_on_from_turn_to_turn_with_words_and_voices(server):
@@ -374,7 +378,7 @@ def test_who_hangs_up_before_the_first_sample_makes_room(engine):
         until(lambda: job.cancelled)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             later = pool.submit(running.ask, "POST", "/v1/audio/speech", {"input": "Hi."})
-            until(lambda: len(running.studio.waiting) == 2)
+            until(lambda: running.studio.waiting and job not in running.studio.waiting)  # nor are its samples
             free.set()
             assert later.result()[0] == 200
         assert running.idle() and job.conversation is None, "nothing was done for who had left"
@@ -399,7 +403,7 @@ def test_an_error_of_the_pass_that_all_share_ends_who_speaks_and_nobody_else(ser
     draw, speakers = server.studio.together._draw, 2
 
     def fail(asked):
-        if len(server.studio.live) < speakers:
+        if len(asked) < speakers:
             return draw(asked)
         monkeypatch.undo()
         raise MemoryError("no room")

@@ -8,11 +8,19 @@ import time
 import pytest
 
 from spoken_conversations import MOST_CHARACTERS, turns_of
-from spoken_text import read_aloud, split_text
+from spoken_text import read_aloud, split_sentences, split_text
 
 READ = [
     ("It's 10:30 (or 10:45 pm).", "It's ten thirty, or ten forty-five p m."),
     ("At 9 p.m. we left. At 5am. Then", "At nine p m we left. At five a m. Then"),
+    ("It leaves at 9 p.m. The bus at 10:30 a.m. Monday. At 9 P.M. we", "It leaves at nine p m. The bus at ten thirty a m Monday. At nine p m we"),
+    ("9 p.m. EST, 10 a.m. Mon, at 9 p.m. I left", "nine p m EST, ten a m Mon, at nine p m I left"),
+    ("pears, etc. Then go on, etc.", "pears, et cetera. Then go on, et cetera"),
+    ("1,2,3 and 3:1, p.5", "one, two, three and three: one, p. five"),
+    ("a 10-minute walk, COVID-19, \"1\" and a1b", "a ten-minute walk, COVID-nineteen, \"one\" and a one b"),
+    ("$1.5-2 million, $2.5–$3bn", "one point five to two million dollars, two point five to three billion dollars"),
+    ("$5.20-$6.30 for 10000-20000 people", "five dollars, twenty cents to six dollars, thirty cents for ten thousand to twenty thousand people"),
+    ("Wait 30s, then for 20s. In the '30s and 40s, mid-30s", "Wait thirty seconds, then for twenty seconds. In the 'thirties and forties, mid-thirties"),
     ("9:05, 14:00, 12:00", "nine oh five, fourteen hundred, twelve o'clock"),
     ("on 2026-11-23", "on November twenty-third, twenty twenty-six"),
     ("11/23/2026 and 23.11.2026", " and ".join(["November twenty-third, twenty twenty-six"] * 2)),
@@ -77,6 +85,17 @@ READ = [
 @pytest.mark.parametrize(("written", "spoken"), READ)
 def test_what_is_written_is_read_aloud(written, spoken):
     assert read_aloud(written) == spoken
+
+
+def test_sentences_end_behind_quotes_too_and_not_within_one():
+    sentences = [
+        'He said "Stop."',
+        "Then he left at nine p m.",
+        'The rest asked "why?" and stayed.',
+        '"Really?" I said.',
+    ]
+    text = 'He said "Stop." Then he left at 9 p.m. The rest asked "why?" and stayed. "Really?" I said.'
+    assert split_sentences(read_aloud(text)) == sentences
 
 
 def test_plain_text_is_left_alone():

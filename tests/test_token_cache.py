@@ -100,6 +100,18 @@ def test_a_damaged_token_file_is_named(tmp_path, tokenizer, file):
         TokenCache(data, tokenizer)
 
 
+def test_codes_are_not_written_behind_a_hole(tmp_path, tokenizer):
+    data = write_tiny_data(tmp_path / "data", n_conversations=12)
+    TokenCache(data, tokenizer)
+    index = cache_folder(data, tokenizer) / "index-000.jsonl"
+    lines = index.read_text().splitlines(keepends=True)
+    assert len(lines) > 1
+    index.write_text(lines[0])  # the others are to be made
+    index.with_name("codes-000.bin").unlink()
+    with pytest.raises(ValueError, match=r"codes-000\.bin is damaged: 0 bytes, \d+ expected; delete"):
+        TokenCache(data, tokenizer)
+
+
 @pytest.mark.parametrize("extra", [1, 2, 6])
 def test_a_torn_end_of_another_parts_codes_is_not_looked_at(tmp_path, tokenizer, extra):
     data = write_tiny_data(tmp_path / "data", n_conversations=12)

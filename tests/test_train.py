@@ -288,5 +288,6 @@ def test_best_is_by_ear_then_by_loss_and_starts_anew_when_judged_otherwise(tmp_p
     best.keep(2, {"spoken/wer": 1.0, "val/loss": 6.0})
     assert best.is_beaten({"spoken/wer": 1.0, "val/loss": 5.0}) and not best.is_beaten({"spoken/wer": 1.0})
     assert best.is_beaten({"spoken/wer": 0.9, "val/loss": 7.0})
-    assert not Best(tmp_path, by_ear).is_beaten({"spoken/wer": 1.1, "val/loss": 5.0})
-    assert Best(tmp_path, by_loss).is_beaten({"val/loss": 100.0})
+    assert not Best(tmp_path, by_ear, 2).is_beaten({"spoken/wer": 1.1, "val/loss": 5.0})
+    assert Best(tmp_path, by_loss, 2).is_beaten({"val/loss": 100.0})
+    assert Best(tmp_path, by_ear, 1).is_beaten({"spoken/wer": 1.1, "val/loss": 5.0})  # of a course that is not taken

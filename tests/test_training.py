@@ -32,8 +32,7 @@ from training_config import TrainConfig, lr_at, mixture, term_weights
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 6, "batch_rows": 1, "row_positions": 160, "warmup": 2, "save_every": 2, "eval_every": 3}
-
-
+SHORT |= {"guidance_weight": 1.0}
 FULL = full_config(text_per_chunk=10)
 
 
