@@ -49,14 +49,35 @@ class Int8Matrix:
         return torch._weight_int8pack_mm(x.to(torch.bfloat16), self.codes, self.scale_bf16).to(x.dtype)
 
 
-def product(weight: Tensor, int8: bool) -> Product:
-    """Of (N, in) with an (out, in) matrix."""
-    return Int8Matrix(weight) if int8 else functools.partial(torch.mm, mat2=for_few_rows(weight).T)
+class PackedMatrix:
+    """A bf16 matrix on a CPU in the order in which oneDNN reads it: for few rows up to 1.8 times as fast."""
+
+    def __init__(self, weight: Tensor):
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        return on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def product(weight: Tensor, int8: bool, plain: bool = False) -> Product:
+    """Of (N, in) with an (out, in) matrix; `plain`: by what torch.compile knows."""
+    if int8:
+        return Int8Matrix(weight)
+    if PackedMatrix.takes(weight) and not plain:
+        return PackedMatrix(weight)
+    return functools.partial(torch.mm, mat2=for_few_rows(weight).T)
 
 
 def weights_of(of: Product) -> list[Tensor]:
     """What a product holds."""
-    return [of.codes, of.scale, of.scale_bf16] if isinstance(of, Int8Matrix) else [of.keywords["mat2"]]
+    if isinstance(of, Int8Matrix):
+        return [of.codes, of.scale, of.scale_bf16]
+    return [of.packed] if isinstance(of, PackedMatrix) else [of.keywords["mat2"]]
 
 
 class FoldedBlock(NamedTuple):
@@ -66,7 +87,7 @@ class FoldedBlock(NamedTuple):
     down: Product  # d_ff -> D
 
 
-def folded(block: Block, int8: bool) -> FoldedBlock:
+def folded(block: Block, int8: bool, plain: bool) -> FoldedBlock:
     """The same function of the residual stream, without dropout, in fewer and larger matrices."""
     a, f = block.attention, block.feed_forward
     turned = torch.cat((a.q_proj.weight * a.d_head**-0.5, a.k_proj.weight))  # channel i is turned with i + d / 2 ...
@@ -74,16 +95,16 @@ def folded(block: Block, int8: bool) -> FoldedBlock:
     length = math.sqrt(block.attention_norm.weight.numel())  # of a vector whose mean square is 1
     qkv = torch.cat((pairs, a.v_proj.weight)) * (length * block.attention_norm.weight)
     gate_up = torch.cat((f.gate_proj.weight, f.up_proj.weight)) * (length * block.feed_forward_norm.weight)
-    return FoldedBlock(*(product(x, int8) for x in (qkv, a.o_proj.weight, gate_up, f.down_proj.weight)))
+    return FoldedBlock(*(product(x, int8, plain) for x in (qkv, a.o_proj.weight, gate_up, f.down_proj.weight)))
 
 
 class FoldedStack:
     """The blocks that `stack` has now: make another one when they change. Its caches are not those of the stack."""
 
     @torch.no_grad()
-    def __init__(self, stack: Transformer, int8: bool = False):
+    def __init__(self, stack: Transformer, int8: bool = False, plain: bool = False):
         self.stack, self.config = stack, stack.config
-        self.blocks = [folded(block, int8) for block in stack.blocks]
+        self.blocks = [folded(block, int8, plain) for block in stack.blocks]
         precise = torch.promote_types(stack.norm.weight.dtype, torch.float32)
         least = math.sqrt(stack.config.norm_eps * stack.config.d_model)
         self.least = stack.norm.weight.new_tensor(least, dtype=precise)

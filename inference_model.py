@@ -49,7 +49,7 @@ class DepthLoop:
     def __init__(self, model: CSM, int8: bool = False, compiled: bool = False):
         self.model = model
         V = model.config.codebook_size  # no special codes
-        self.stack = FoldedStack(model.depth, int8)
+        self.stack = FoldedStack(model.depth, int8, plain=compiled)
         scale = math.sqrt(model.config.depth.d_model) * model.depth.norm.weight
         self.heads = [product((scale[:, None] * head[:, :V]).T, int8) for head in model.depth_heads]
         self.inputs = model.projection(model.audio_embedding.weight)  # (K A, E) what the decoder reads of each code

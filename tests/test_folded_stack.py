@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from folded_stack import FEW_ROWS, FoldedStack, Int8Matrix
+from folded_stack import FEW_ROWS, FoldedStack, Int8Matrix, PackedMatrix, product
 from transformer import KVCache, Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, rope_scale=4.0)
@@ -85,3 +85,14 @@ def test_rows_of_zeros_and_extremes_have_codes_too():
 def test_8_bits_are_for_a_cpu():
     with pytest.raises(ValueError, match="for a CPU, the model is on meta"):
         Int8Matrix(torch.zeros(4, 4, device="meta"))
+
+
+@pytest.mark.skipif(not PackedMatrix.takes(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no bf16 by oneDNN here")
+@pytest.mark.parametrize("n_rows", [1, 2, 8, 33])
+def test_a_packed_matrix_gives_the_product_of_the_plain_one(n_rows):
+    weight, x = torch.randn(300, 70, dtype=torch.bfloat16), torch.randn(n_rows, 70, dtype=torch.bfloat16)
+    packed = product(weight, int8=False)
+    assert isinstance(packed, PackedMatrix) and not isinstance(product(weight, False, plain=True), PackedMatrix)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(packed(x).double(), exact, atol=0.05, rtol=2**-7)
+    assert not PackedMatrix.takes(weight.float())
