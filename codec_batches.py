@@ -14,6 +14,7 @@ from torch import Tensor
 
 from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16
 from rvq_tokenizer import Disguise
+from spoken_text import has_digits
 
 SPREAD = 4  # sub-frames that characters are aligned with, of a frame; 20 ms each
 LONGEST_SECONDS = 6.0  # of an utterance that is used for its text
@@ -103,10 +104,6 @@ def character_ids(text: str, alphabet: Sequence[str]) -> np.ndarray:
     """(U,) ids from 1 of the characters of the alphabet; 0 is CTC's blank."""
     ids = {character: i for i, character in enumerate(alphabet, start=1)}
     return np.array([ids[c] for c in text.casefold() if c in ids], dtype=np.int64)
-
-
-def has_digits(text: str) -> bool:
-    return any(character.isdigit() for character in text)
 
 
 def can_be_aligned(characters: np.ndarray, n_frames: float) -> bool:

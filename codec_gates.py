@@ -32,6 +32,7 @@ from codec_probes import Coded, Gate, character_gates, from_figure, needs, speak
 from evaluation_report import FULL, ORIGINAL, SEMANTIC, plot_depth, plot_use
 from rvq_tokenizer import RVQTokenizer
 from speech_metrics import (
+    FRAMES_PER_CODE,
     METRICS,
     Figure,
     NotMeasurable,
@@ -45,7 +46,7 @@ from speech_metrics import (
     require_english,
 )
 
-ENOUGH_FRAMES = 20_000  # below this, and below 20 per code, usage and perplexity come out too low
+ENOUGH_FRAMES = 20_000  # at least: below, and below `FRAMES_PER_CODE`, usage and perplexity come out too low
 STREAMED_CLIPS = 8
 TIMED_FRAMES = 300  # 24 s
 WARM_UP = 10  # frames before the stop-watch counts
@@ -72,7 +73,7 @@ def codebook_use(clips: Sequence[Coded], n_codes: int) -> dict:
 
 def use_gates(use: dict) -> list[Gate]:
     """The worst codebook decides."""
-    enough = max(ENOUGH_FRAMES, 20 * use["codes"])
+    enough = max(ENOUGH_FRAMES, FRAMES_PER_CODE * use["codes"])
     few = f"too few: {use['frames']} frames, below {enough} both come out too low"
     note = few if use["frames"] < enough else ""
     worst = int(np.argmin(use["usage"]))
@@ -341,10 +342,8 @@ def speed_gates(clips: Sequence[Coded], tokenizer: AudioTokenizer) -> list[Gate]
         offline = decode_seconds(tokenizer, clips)
     both = (seconds[WARM_UP:] if len(seconds) > WARM_UP else seconds) / frame  # (T, 2)
     timed, (encoder, decoder) = both.sum(axis=1), np.percentile(both, 95, axis=0)
-    how = (
-        f"one thread, a frame of {1000 * frame:.0f} ms encoded and decoded in streams, 95th percentile (the encoder's "
-    )
-    how += f"{encoder:.3f}, the decoder's {decoder:.3f}), median {np.median(timed):.3f}; n: frames"
+    how = f"one thread, a frame of {1000 * frame:.0f} ms encoded and decoded in streams, 95th percentile"
+    how += f" (the encoder's {encoder:.3f}, the decoder's {decoder:.3f}), median {np.median(timed):.3f}; n: frames"
     whole = "one thread, decoding whole clips, seconds per second, median; n: clips"
     speed = {"value": float(np.percentile(timed, 95)), "n": len(timed), "how": how}
     return [

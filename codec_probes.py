@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
-from codec_batches import SPREAD, can_be_aligned, character_ids, has_digits, letters_of
+from codec_batches import SPREAD, can_be_aligned, character_ids, letters_of
 from speech_metrics import (
     Figure,
     Item,
     bootstrap,
     code_histograms,
 )
+from spoken_text import has_digits
 from turn_shards import is_named
 
 PROBE_STEPS = 800

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 
 from audio import read_audio, write_wav
 from checkpointing import write_atomically
-from speech_metrics import FEWEST_CONVERSATIONS, METRICS, Metric
+from speech_metrics import FEWEST_CONVERSATIONS, FRAMES_PER_CODE, METRICS, Metric
 
 ORIGINAL, FULL, SEMANTIC = "original", "reconstruction", "semantic codebooks only"
 GENERATED, REAL = "generated", "real turn through the tokenizer"
@@ -130,10 +130,11 @@ def collect_warnings(report: dict) -> list[str]:
                     f"{sum(map(bool, counts))} of {len(counts)} rows ({reason})."
                 )
     use = report["tokenizer"]["use"]
-    if use["frames"] < 20 * use["codes"]:
+    enough = FRAMES_PER_CODE * use["codes"]
+    if use["frames"] < enough:
         found.append(
             f"Codebook usage and perplexity come out too low: {use['frames']} held-out frames, "
-            f"{20 * use['codes']} are needed for {use['codes']} codes."
+            f"{enough} are needed for {use['codes']} codes."
         )
     return found
 

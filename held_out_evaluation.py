@@ -185,11 +185,12 @@ def compare_speakers(
         {system: tools.embed(wave) for system, wave in systems.items()}
         for systems in tqdm(waves, desc="comparing speakers", unit="clip")
     ]
+    originals = [(speaker, v[ORIGINAL]) for speaker, v in zip(speakers, voices, strict=True)]
+    named = [j for j, speaker in enumerate(speakers) if is_named(speaker)]
     for i, (own, conversation) in enumerate(zip(voices, conversations, strict=True)):
-        named = is_named(speakers[i])
-        same = [v[ORIGINAL] for j, v in enumerate(voices) if named and j != i and speakers[j] == speakers[i]]
-        others = (j for j, speaker in enumerate(speakers) if is_named(speaker) and speaker != speakers[i])
-        other = [voices[j][ORIGINAL] for j in others if named]
+        rest = [originals[j] for j in named if j != i] if i in named else []
+        same = [voice for speaker, voice in rest if speaker == speakers[i]]
+        other = [voice for speaker, voice in rest if speaker != speakers[i]]
         pairs = {
             f"{FULL} to its original": (FULL, [own[ORIGINAL]]),
             f"{FULL} to the speaker's other clips": (FULL, same),
@@ -199,10 +200,8 @@ def compare_speakers(
         }
         for name, (system, others) in pairs.items():
             tally.add("speaker_similarity", name, conversation, mean_cosine, own[system], others)
-    originals = [(speaker, v[ORIGINAL]) for speaker, v in zip(speakers, voices, strict=True)]
-    heard = [(speaker, voice) for speaker, voice in originals if not isinstance(voice, NotMeasurable)]
-    pairs = [(a, b) for (one, a), (other, b) in itertools.combinations(heard, 2) if one == other and is_named(one)]
-    cosines = [float(a @ b) for a, b in pairs]
+    heard = [originals[j] for j in named if not isinstance(originals[j][1], NotMeasurable)]
+    cosines = [float(a @ b) for (one, a), (other, b) in itertools.combinations(heard, 2) if one == other]
     return float(np.median(cosines)) if cosines else None
 
 

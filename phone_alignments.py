@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from audio import SAMPLE_RATE, resample, to_pcm16
 from command_line import MissingRequirement
+from spoken_text import has_digits
 
 TIER = "phones"
 SILENCES = ("", "SIL", "sil", "sp", "spn", "+SPN+", "+NSN+")  # what aligners call what is no phone
@@ -95,7 +96,7 @@ class Aligner:
     def align(self, clip: Clip) -> list[Interval] | str:
         """Intervals, or why there are none."""
         words = tokens_of(clip.text)
-        if not clip.lang.startswith("en") or any(character.isdigit() for character in clip.text):
+        if not clip.lang.startswith("en") or has_digits(clip.text):
             return "not English in letters"
         if not words or any(self.decoder.lookup_word(word) is None for word in words):
             return "with a word the dictionary lacks"

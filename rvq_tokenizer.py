@@ -265,9 +265,7 @@ class Decoder(nn.Module):
             log_magnitude, phase = self.head(self.norm(fine.float())).chunk(2, dim=-1)  # (B, F, FFT / 2 + 1) each
             # the largest bin of a full-scale sine is FFT / 2 = 480, exp(6.2)
             magnitude = log_magnitude.clamp(max=7).exp()
-            spectrum = torch.complex(
-                magnitude * phase.cos(), magnitude * phase.sin()
-            )  # torch.polar takes 8 times as long
+            spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())  # torch.polar is slower
             return torch.fft.irfft(spectrum, n=FFT) * self.window
 
     def overlap_add(self, frames: Tensor, overlap: Tensor) -> Tensor:

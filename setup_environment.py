@@ -433,8 +433,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_unfit(root: Path, extras: list[str], python: tuple[int, int]) -> None:
+    """SetupFailed where all packages of an extra are for other Pythons."""
+    for extra in extras:
+        if not any(read_pins(path, python) for path in requirement_files(root, [extra])[1:]):
+            found = f"extra {extra} has nothing for Python {python[0]}.{python[1]} ({EXTRAS[extra]})"
+            raise SetupFailed(EXIT_MISSING, f"{found}; the rest is ready")
+
+
 def check(root: Path, venv: Path, extras: list[str]) -> list[str]:
-    """Report on the machine and the environment -> what is wrong, one line each."""
+    """Report on the machine and the environment -> what is wrong, one line each. SetupFailed where nothing is, but an
+    extra is not for this Python."""
     packages = read_packages(venv)
     python = packages.python if packages else sys.version_info[:2]
     pins = [pin for path in requirement_files(root, extras) for pin in read_pins(path, python)]
@@ -451,6 +460,8 @@ def check(root: Path, venv: Path, extras: list[str]) -> list[str]:
             except MissingRequirement as error:
                 wrong.append(str(error))
     report_extras(root, packages)
+    if not wrong:
+        refuse_unfit(root, extras, python)
     return wrong
 
 
@@ -469,8 +480,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             with only_setup_of(args.venv):
                 complete(root, args.venv, args.extras)
         wrong = check(root, args.venv, args.extras)
-        for extra in args.extras if not wrong else ():
-            refuse_unfit(root, args.venv, extra)
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -482,14 +491,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return EXIT_MISSING
     print(f"\nready: {python_of(args.venv)}")
     return EXIT_DONE
-
-
-def refuse_unfit(root: Path, venv: Path, extra: str) -> None:
-    """SetupFailed where all packages of an extra are for other Pythons."""
-    python = read_packages(venv).python
-    if not any(read_pins(path, python) for path in requirement_files(root, [extra])[1:]):
-        found = f"extra {extra} has nothing for the Python {python[0]}.{python[1]} of {venv}"
-        raise SetupFailed(EXIT_MISSING, f"{found} ({EXTRAS[extra]}); the rest is ready")
 
 
 def complete(root: Path, venv: Path, extras: list[str]) -> None:

@@ -7,7 +7,7 @@ the backbone, where each attends its own past. A conversation says what it would
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator
 
 import numpy as np
 import torch
@@ -55,19 +55,12 @@ class Together:
         """
         names = [name for name in self.steps if name not in resting]
         asked = {name: self.waiting.pop(name) for name in names if name in self.waiting}
-        try:
-            codes = self._draw(asked)
-        except Exception as error:
-            yield from self._break_off(asked, error)
-            codes = {}
+        codes = yield from self._shared(self._draw, asked)
         for name in names:
             if name not in self.unread:  # who writes waits for a state again
                 yield from self._advance(name, codes.get(name))
         unread = {name: self.unread.pop(name) for name in names if name in self.unread}
-        try:
-            self._read(unread)
-        except Exception as error:
-            yield from self._break_off(unread, error)
+        yield from self._shared(self._read, unread)
         while self.states:
             name = next(iter(self.states))
             yield from self._advance(name, self.states.pop(name))
@@ -92,15 +85,21 @@ class Together:
             self.stop(name)
             yield name, error
 
-    def _break_off(self, names: Iterable[Hashable], error: Exception) -> Iterator[Happened]:
-        """End the turns of a pass that has failed: they were none."""
-        for name in names:
-            if (steps := self.steps.get(name)) is not None:
-                own = RuntimeError(f"{type(error).__name__}: {error}")  # two turns must not raise the same
-                with contextlib.suppress(Exception):
-                    steps.throw(own)
-                self.stop(name)
-                yield name, own
+    def _shared(
+        self, take: Callable[[dict], dict | None], asked: dict[Hashable, Wanted | Unread]
+    ) -> Generator[Happened, None, dict]:
+        """What a pass gives those who asked for it; one that fails ends their turns: they were none."""
+        try:
+            return take(asked) or {}
+        except Exception as error:
+            for name in asked:
+                if (steps := self.steps.get(name)) is not None:
+                    own = RuntimeError(f"{type(error).__name__}: {error}")  # two turns must not raise the same
+                    with contextlib.suppress(Exception):
+                        steps.throw(own)
+                    self.stop(name)
+                    yield name, own
+            return {}
 
     def _read(self, unread: dict[Hashable, Unread]) -> None:
         if unread:

@@ -29,6 +29,7 @@ from command_line import MissingRequirement, first_line
 
 EVALUATION_PACKAGES = "python setup_environment.py --extras eval"
 ASR_RATE = 16_000  # Hz, of the recogniser, of PESQ wide band and of the speaker encoder
+FRAMES_PER_CODE = 20  # below, usage and perplexity of a codebook come out too low
 LOOPED = 2.4  # times smaller than it was when packed: text that repeats itself
 SILENCE_DBFS = -60.0  # a clip below this level holds nothing to measure
 LONGEST_WINDOW = max(size for size, _ in SCALES)  # samples, of the log-mel distance
@@ -105,7 +106,7 @@ METRICS = {
         better="higher",
         definition="Share of the V codes of a codebook that occur at least once in the held-out frames; at most "
         "frames / V, and it grows with more audio.",
-        reference="0.7 or more for a tokenizer trained on a CPU, given 20 V frames",
+        reference=f"0.7 or more for a tokenizer trained on a CPU, given {FRAMES_PER_CODE} V frames",
         source="count",
     ),
     "perplexity": Metric(
@@ -113,7 +114,7 @@ METRICS = {
         unit="share of V",
         better="higher",
         definition="exp(entropy in nats of the code histogram) / V over held-out frames; too low when frames are fewer "
-        "than 20 V. Interval: delete-one-conversation jackknife of the entropy, normal.",
+        f"than {FRAMES_PER_CODE} V. Interval: delete-one-conversation jackknife of the entropy, normal.",
         reference="1 all codes used alike, 1 / V collapsed; 0.25 or more for a tokenizer trained on a CPU",
         source="Shannon entropy",
     ),

@@ -60,6 +60,11 @@ def read_aloud(text: str) -> str:
     return text
 
 
+def has_digits(text: str) -> bool:
+    """Whether it does not say of itself how it is read."""
+    return any(character.isdigit() for character in text)
+
+
 def split_text(text: str, limit: int) -> list[str]:
     """Pieces of at most `limit` characters, cut behind sentences, else clauses, else words; joined they are `text`.
 
@@ -164,7 +169,7 @@ def time(match: re.Match) -> str:
 
 def abbreviation(match: re.Match) -> str:
     """etc. -> et cetera, with its full stop where a sentence begins behind it"""
-    ends = match[1] == "etc." and match.string[match.end() :][1:2].isupper()
+    ends = match[1] == "etc." and match.string[match.end() + 1 : match.end() + 2].isupper()
     return ABBREVIATIONS[match[1]] + "." * ends
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, run, run_child
-from run_folder import describe_environment, read_metrics
+from run_folder import describe_environment, read_metrics, read_settings
 from training_config import HELP
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         results[f"{name}={value}"] = train_with(name, value, args.out, others)
         print_table(results)
     if args.json:
-        print(json.dumps({**describe_environment(), "results": results}))
+        used = read_settings(args.out / f"{name}-{value}")["environment"]["device"]  # by the trainings
+        print(json.dumps({**describe_environment(), "device": used, "results": results}))
     return EXIT_DONE
 
 

@@ -206,6 +206,13 @@ def test_check_is_content_without_what_may_fail_to_build(root, full, capfd):
     assert "- compiled 4.0" in capfd.readouterr().out
 
 
+def test_an_extra_that_is_for_other_pythons_is_no_success():
+    setup_environment.refuse_unfit(ROOT, ["common-voice"], (3, 12))
+    with pytest.raises(setup_environment.SetupFailed, match=r"common-voice has nothing for Python 3\.11") as refused:
+        setup_environment.refuse_unfit(ROOT, ["data", "common-voice"], (3, 11))
+    assert refused.value.code == EXIT_MISSING
+
+
 def test_an_extra_that_is_not_asked_for_is_left_out(root, venv):
     assert setup(root, venv, "--extras") == 0
     assert not (site_packages(venv) / "alone.py").exists()
