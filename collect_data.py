@@ -68,7 +68,7 @@ from speech_sources import (
     sentences_source,
     synthetic_source,
 )
-from synthetic_voices import SPEAKERS
+from synthetic_voices import SPEAKERS, STYLES
 from turn_shards import (
     Collection,
     Reject,
@@ -94,10 +94,10 @@ FIRST_TURNS, MAX_REJECTED = 200, 0.2  # a source with more rejects among its fir
 
 SOURCES = {
     "synthetic": lambda args, done: synthetic_source(sorted(args.voices), args.seed, done),
-    "numbers": lambda args, done: numbers_source(sorted(args.voices), args.seed, done),
-    "questions": lambda args, done: questions_source(args.voices, args.seed, done),
+    "numbers": lambda args, done: numbers_source(sorted(args.voices), sorted(args.styles), args.seed, done),
+    "questions": lambda args, done: questions_source(args.voices, sorted(args.styles), args.seed, done),
     "sentences": lambda args, done: sentences_source(
-        args.local.get("sentences", Path("/")), sorted(args.voices), args.seed, done
+        args.local.get("sentences", Path("/")), sorted(args.voices), sorted(args.styles), args.seed, done
     ),
     "librispeech": lambda args, done: libri_source("librispeech", args.local.get("librispeech"), args.seed, done),
     "libritts_r": lambda args, done: libri_source("libritts_r", args.local.get("libritts_r"), args.seed, done),
@@ -525,6 +525,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--local", action=Several, type=place, default=[], metavar="SOURCE=DIR", help=local_help)
     voices_help = f"who speaks in synthetic, numbers, questions and sentences (default: all of {', '.join(SPEAKERS)})"
     add("--voices", action=Several, choices=list(SPEAKERS), default=list(SPEAKERS), metavar="NAME", help=voices_help)
+    styles_help = f"how numbers, questions and sentences are read, of {', '.join(STYLES)} (default: neutral)"
+    add("--styles", action=Several, choices=list(STYLES), default=["neutral"], metavar="NAME", help=styles_help)
     add("--common_voice_release", metavar="ID", help="of Mozilla Data Collective; needs MDC_API_KEY")
     add("--out", type=Path, default=Path("data"), metavar="DIR", help="the collection (default: data)")
     add(
@@ -556,7 +558,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.local, args.voices = dict(args.local), list(dict.fromkeys(args.voices))
+    args.local, args.voices, args.styles = (
+        dict(args.local),
+        list(dict.fromkeys(args.voices)),
+        list(dict.fromkeys(args.styles)),
+    )
     if "local" in args.sources and args.input is None and not (args.status or args.verify):
         parser.error("--sources local needs --input DIR or a manifest")
     for name in ("target_hours", "workers", "shard_minutes", "max_disk_gb"):

@@ -320,7 +320,7 @@ def collect_dialogue(
 # --- sentences read by the built-in voices ---------------------------------------------------------------------------
 
 
-def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) -> Source:
+def sentences_source(given: Path, voices: list[str], styles: list[str], seed: int, done: set[str]) -> Source:
     """The sentences of a text file, or of WordNet where Debian's wordnet-base is unpacked under `given`.
 
     MissingRequirement: there is neither.
@@ -339,13 +339,13 @@ def sentences_source(given: Path, voices: list[str], seed: int, done: set[str]) 
         )
     if not sentences:
         raise ValueError(f"{given} holds no sentence of {MIN_WORDS} to {MAX_WORDS} words in plain English letters")
-    units = read_in_groups("sentences", _alone(sentences), facts, voices, seed, done)
+    units = read_in_groups("sentences", _alone(sentences), facts, voices, styles, seed, done)
     return Source("sentences", "1", units, endless=not given.is_file())
 
 
-def numbers_source(voices: list[str], seed: int, done: set[str]) -> Source:
+def numbers_source(voices: list[str], styles: list[str], seed: int, done: set[str]) -> Source:
     """Numbers, times, dates, prices and telephone numbers in sentences of few other words, a closed vocabulary."""
-    units = read_in_groups("numbers", _alone(number_sentences()), CORPUS_FACTS, voices, seed, done)
+    units = read_in_groups("numbers", _alone(number_sentences()), CORPUS_FACTS, voices, styles, seed, done)
     return Source("numbers", "1", units, endless=True)
 
 
@@ -359,7 +359,7 @@ def number_sentences() -> list[str]:
     return list(said)
 
 
-def questions_source(voices: list[str], seed: int, done: set[str]) -> Source:
+def questions_source(voices: list[str], styles: list[str], seed: int, done: set[str]) -> Source:
     """Questions and answers of the words of `numbers_source`: the first of `voices` answers, the others ask.
 
     ValueError: fewer than two voices.
@@ -370,7 +370,7 @@ def questions_source(voices: list[str], seed: int, done: set[str]) -> Source:
         [_line(question, voices[1 + number % (len(voices) - 1)]), _line(answer, voices[0])]
         for number, (question, answer) in enumerate(question_answers())
     ]
-    units = read_in_groups("questions", exchanges, CORPUS_FACTS, voices, seed, done)
+    units = read_in_groups("questions", exchanges, CORPUS_FACTS, voices, styles, seed, done)
     return Source("questions", "1", units, endless=True)
 
 
@@ -406,10 +406,12 @@ def read_in_groups(
     pieces: list[list[synthetic_voices.Line]],
     facts: dict,
     voices: list[str],
+    styles: list[str],
     seed: int,
     done: set[str],
 ) -> Iterator[Unit]:
-    """Lines that belong together, eight lines at a time spoken by `voices`, in an order drawn from `seed`, each once.
+    """Lines that belong together, eight lines at a time spoken by `voices` in one of `styles`, in an order drawn from
+    `seed`, each once.
 
     Which eight does not depend on the seed, so that no eight are in two splits.
     """
@@ -422,7 +424,9 @@ def read_in_groups(
     def units() -> Iterator[Unit]:
         for group in groups:
             name = hashlib.sha256("\n".join(line.text for line in group).encode()).hexdigest()[:12]
-            unit = dialogue_unit(source, synthetic_voices.Dialogue(name, source, group), seed, 0, voices, facts)
+            style = random.Random(synthetic_voices.seed_of(seed, name, "style")).choice(styles)
+            lines = [line._replace(style=style) for line in group]
+            unit = dialogue_unit(source, synthetic_voices.Dialogue(name, source, lines), seed, 0, voices, facts)
             if unit.id not in done:
                 yield unit
 
