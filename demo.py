@@ -83,8 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="CPU threads; one is fastest for single frames" + shown)
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's weights" + shown)
     add("--int8", action="store_true", help="weights of 8 bits: faster on a CPU, not the same codes")
-    compile_help = "faster, after half a minute of compilation at the first frame; needs a C++ compiler"
-    add("--compile", action="store_true", help=compile_help)
+    compile_help = "steps of the model compiled: several times as fast on a CPU, after some seconds once per machine; "
+    compile_help += "needs a C++ compiler (default: on a CPU, where there is one)"
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help=compile_help)
     add("--seed", type=int, default=0, help="of the draws" + shown)
 
     group = parser.add_argument_group("how it speaks")

@@ -29,6 +29,12 @@ COMPILERS = ("g++", "clang++", "cl")
 FEW_ROWS = 16  # from more on, a product of 8 bits is computed in the precision of its input
 
 
+def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) -> whole numbers, to the nearest, and the scale of each output, (out,), in fp32."""
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / 127
+    return (weight / scale).round().to(torch.int8).contiguous(), scale.squeeze(1)
+
+
 class Int8Matrix:
     """A matrix of 8-bit whole numbers with a scale for each output, rounded to the nearest; inputs stay as they are.
 
@@ -38,9 +44,7 @@ class Int8Matrix:
     def __init__(self, weight: Tensor):
         if weight.device.type != "cpu":
             raise ValueError(f"8-bit weights are for a CPU, the model is on {weight.device}")
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / 127  # (out, 1)
-        self.codes = (weight / scale).round().to(torch.int8).contiguous()  # (out, in)
-        self.scale = scale.squeeze(1)
+        self.codes, self.scale = eight_bits(weight)  # (out, in), (out,)
         self.scale_bf16 = self.scale.to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:

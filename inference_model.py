@@ -14,22 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from architecture import CSM, CSMCache
+from command_line import MissingRequirement
 from folded_stack import CompiledStep, FoldedStack, product, weights_of
 from frames import Rows
+from native_stack import NativeMatrix, NativeStack, library
 from transformer import KVCache
 
 
 class InferenceModel:
     """The weights that `model` has now: make another one when they change. ValueError for 8 bits off a CPU.
 
-    Compiled, frames of one conversation at a time are faster; what several need at once is not compiled.
+    Compiled it is faster, on a CPU several times: None is for a CPU with a C++ compiler. On other devices what several
+    conversations need at once is not compiled. MissingRequirement: nothing to compile with.
     """
 
-    def __init__(self, model: CSM, int8: bool = False, compiled: bool = False):
+    def __init__(self, model: CSM, int8: bool = False, compiled: bool | None = None):
         self.model, self.config = model, model.config
         self.tokenizer: object = None  # the one whose codes were found to be the model's
-        self.depth = DepthLoop(model, int8, compiled)
-        self.backbone = FoldedStack(model.backbone, int8).forward if int8 else model.backbone
+        self.compiled = can_compile(model) if compiled is None else compiled
+        if self.compiled and model.depth.norm.weight.device.type == "cpu":
+            self.depth = NativeDepthLoop(model, int8)
+            self.backbone = NativeStack(model.backbone, int8).forward
+        else:
+            self.depth = DepthLoop(model, int8, self.compiled)
+            self.backbone = FoldedStack(model.backbone, int8).forward if int8 else model.backbone
 
     def hidden(self, rows: Rows, cache: CSMCache) -> Tensor:
         """(B, T) rows behind what the cache holds -> (B, T, D); a cache is of one `InferenceModel` only."""
@@ -40,6 +48,57 @@ class InferenceModel:
         if len(rows) == 1:
             return self.hidden(rows[0], caches[0])
         return self.model.hidden_of_several(rows, caches, self.backbone)
+
+
+def can_compile(model: CSM) -> bool:
+    """Whether steps of the model can be compiled at once: on a CPU, with a C++ compiler that works."""
+    if model.depth.norm.weight.device.type != "cpu":
+        return False
+    try:
+        return bool(library())
+    except MissingRequirement:
+        return False
+
+
+class NativeDepthLoop:
+    """`DepthLoop` on a CPU, compiled: a call for each codebook."""
+
+    @torch.no_grad()
+    def __init__(self, model: CSM, int8: bool = False):
+        self.model, c = model, model.config
+        self.stack = NativeStack(model.depth, int8)
+        scale = math.sqrt(c.depth.d_model) * model.depth.norm.weight
+        self.heads = [NativeMatrix((scale[:, None] * head[:, : c.codebook_size]).T, int8) for head in model.depth_heads]
+        self.inputs = model.projection(model.audio_embedding.weight).float()  # (K A, E)
+        self.turns = self.stack.turns(torch.arange(c.n_codebooks)[None])  # (1, K, d)
+
+    def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, D) backbone states, (N, k) first codes -> (N, stop); `choose` makes (N,) codes of (N, V) logits."""
+        (N, k), c = codes.shape, self.model.config
+        x = torch.cat((self.model.projection(hidden).float()[:, None], self.read(codes, 0)), dim=1)  # (N, k + 1, E)
+        cache = KVCache(c.depth, N, stop, x)
+        sequences = self.stack.sequences([cache], k + 1)
+        turns, drawn = self.turns[:, : k + 1], [codes]
+        for codebook in range(k, stop):
+            logits = self.stack.run(
+                x.view(-1, c.depth.d_model), sequences, turns, 0, c.depth.n_layers, head=self.heads[codebook - 1]
+            )
+            code = choose(logits)[:, None]
+            drawn.append(code)
+            if codebook < stop - 1:
+                x, turns = self.read(code, codebook), self.turns[:, codebook + 1 : codebook + 2]
+                for sequence in sequences:
+                    sequence.rows = 1
+        return torch.cat(drawn, dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds beside the model's own weights."""
+        return self.stack.nbytes + self.inputs.nbytes + sum(head.nbytes for head in self.heads)
+
+    def read(self, codes: Tensor, first: int) -> Tensor:
+        """(N, k) codes of the codebooks from `first` on -> (N, k, E)."""
+        return F.embedding(codes + self.model.code_offsets[first : first + codes.size(1)], self.inputs)
 
 
 class DepthLoop:

@@ -196,6 +196,7 @@ def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int
     """One conversation with a full context: weights, KV caches of both stages, the ConversationalMemory in fp32.
 
     `caches` has blocks, heads and inputs of the depth decoder once more, as `DepthLoop` holds them.
+    Compiled, on a CPU, those of the backbone come on top.
     """
     d, K = config.depth, config.n_codebooks
     cached = d.d_model * ((K - 1) * config.codebook_size + K * config.audio_vocab_size)

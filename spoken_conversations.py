@@ -120,7 +120,7 @@ class Voice:
     dtype: str = "fp32"
     int8: bool = False  # weights of 8 bits, on a CPU
     raw_text: bool = False  # texts are spoken as they are written
-    compiled: bool = False
+    compiled: bool | None = None  # as `InferenceModel`
 
     def load(self) -> Engine:
         device = pick_device(self.device)

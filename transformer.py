@@ -69,14 +69,14 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, G, T, d) behind what is there; return all (B, G, length + T, d) of this layer."""
-        end = self._end(keys.size(2))
+        end = self.check_room(keys.size(2))
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def append_both(self, layer: int, both: Tensor) -> Tensor:
         """The same with keys and values in one: (B, 2 G, T, d) -> (B, 2 G, length + T, d)."""
-        end = self._end(both.size(2))
+        end = self.check_room(both.size(2))
         self.both[layer, :, :, self.length : end] = both
         return self.both[layer, :, :, :end]
 
@@ -84,7 +84,8 @@ class KVCache:
         """Every layer has written so many positions."""
         self.length += more
 
-    def _end(self, more: int) -> int:
+    def check_room(self, more: int) -> int:
+        """How many positions are filled when so many more are. ValueError: too many."""
         end = self.length + more
         if end > self.max_positions:
             raise ValueError(f"the cache holds {self.max_positions} positions, {end} are needed")

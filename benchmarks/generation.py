@@ -4,7 +4,7 @@ The published architecture in the sizes asked for, the same random weights, the 
 after another, greedy on both sides, which must say the same; alternating in one process. Codec not included.
 
     ours             the loop of `generation.Conversation`
-    ours, int8       the same with weights of 8 bits, on a CPU; with --compile also both compiled
+    ours, int8       the same with weights of 8 bits, on a CPU; with --eager also both without what is compiled
     transformers     generate() as it comes; with --static with its static caches
 
 The same for --together conversations of the same prompt at once: ours as `speaking_together.py` does it, theirs as one
@@ -119,7 +119,7 @@ def with_everything(
     args: argparse.Namespace,
     tokenizer: RVQTokenizer,
     int8: bool = False,
-    compiled: bool = False,
+    compiled: bool | None = None,
     acoustic_delay: int | None = None,
 ) -> dict[str, float]:
     """Our preset as it is, speaking `--frames` frames with a codec: medians over the rounds."""
@@ -189,9 +189,9 @@ def measure(args: argparse.Namespace) -> dict:
     twin = transformers_model(model).to(DTYPES[args.dtype])
     ids = prompt_of(model.config)
     sides = {"ours": InferenceModel(model), "int8": InferenceModel(model, int8=True)}
-    if args.compile:
-        sides["compiled"] = InferenceModel(model, compiled=True)
-        sides["int8_compiled"] = InferenceModel(model, int8=True, compiled=True)
+    if args.eager:
+        sides["eager"] = InferenceModel(model, compiled=False)
+        sides["int8_eager"] = InferenceModel(model, int8=True, compiled=False)
     for side in sides.values():
         our_frames(side, ids, 2)
     their_frames(twin, ids, 2, args.static)
@@ -218,9 +218,9 @@ def measure(args: argparse.Namespace) -> dict:
     whole = {"ours": {}, "int8": {"int8": True}}
     if not model.config.zero_end_of_turn:  # csm-1b has no place for a delay
         whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
-    if args.compile:
-        whole["compiled"] = {"compiled": True}
-        whole["int8 compiled"] = {"int8": True, "compiled": True}
+    if args.eager:
+        whole["eager"] = {"compiled": False}
+        whole["int8 eager"] = {"int8": True, "compiled": False}
     return {
         "model_size": args.model_size,
         "dtype": args.dtype,
@@ -248,7 +248,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--model_size", choices=list(PRESETS), default="nano", help="as in train.py" + shown)
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the weights of both sides" + shown)
     add("--static", action="store_true", help="transformers with its static caches")
-    add("--compile", action="store_true", help="also our loop compiled; takes minutes the first time")
+    add("--eager", action="store_true", help="also ours without what is compiled")
     whole_help = "also our preset as one talks with it (default: yes)"
     add("--whole", action=argparse.BooleanOptionalAction, default=True, help=whole_help)
     add("--together", type=int, default=8, help="conversations that speak at once, for their ratio" + shown)

@@ -7,7 +7,8 @@ from conftest import full_model, tiny_model
 from architecture import CSMCache
 from frames import Rows, Turn
 from generation import Conversation, Sampling
-from inference_model import DepthLoop, InferenceModel
+from inference_model import DepthLoop, InferenceModel, NativeDepthLoop
+from native_stack import compiler
 from text_tokenizer import ByteTokenizer
 
 
@@ -20,8 +21,12 @@ def model_with_norms():
     return model
 
 
+LOOPS = [DepthLoop, pytest.param(NativeDepthLoop, marks=pytest.mark.skipif(not compiler(), reason="no C++ compiler"))]
+
+
+@pytest.mark.parametrize("make_loop", LOOPS)
 @pytest.mark.parametrize(("n", "k", "stop"), [(1, 1, 6), (1, 1, 3), (4, 3, 6), (2, 5, 6), (3, 1, 2)])
-def test_every_code_is_drawn_from_the_logits_of_the_trained_decoder(n, k, stop):
+def test_every_code_is_drawn_from_the_logits_of_the_trained_decoder(n, k, stop, make_loop):
     model, seen = model_with_norms(), []
     random = torch.Generator().manual_seed(2)
     hidden = torch.randn(n, model.config.backbone.d_model, generator=random)
@@ -32,17 +37,18 @@ def test_every_code_is_drawn_from_the_logits_of_the_trained_decoder(n, k, stop):
         return logits.argmax(dim=1)
 
     with torch.inference_mode():
-        codes = DepthLoop(model).continue_frames(hidden, given, stop, choose)
+        codes = make_loop(model).continue_frames(hidden, given, stop, choose)
         expected = model.depth_logits(hidden, codes)[:, k - 1 :, : model.config.codebook_size]
     assert codes.shape == (n, stop) and torch.equal(codes[:, :k], given)
     torch.testing.assert_close(torch.stack(seen, dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_blocks_are_those_of_the_moment_it_was_made():
+@pytest.mark.parametrize("make_loop", LOOPS)
+def test_the_blocks_are_those_of_the_moment_it_was_made(make_loop):
     model = model_with_norms()
     hidden, given = torch.ones(1, model.config.backbone.d_model), torch.tensor([[1]])
-    logits, loop = [], DepthLoop(model)
-    for make in (lambda: loop, lambda: loop, lambda: DepthLoop(model)):
+    logits, loop = [], make_loop(model)
+    for make in (lambda: loop, lambda: loop, lambda: make_loop(model)):
         with torch.inference_mode():
             make().continue_frames(hidden, given, 2, lambda x: logits.append(x) or x.argmax(dim=1))
         with torch.no_grad():
@@ -50,12 +56,13 @@ def test_the_blocks_are_those_of_the_moment_it_was_made():
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
+@pytest.mark.parametrize("compiled", [False, None])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("make", [tiny_model, full_model])
-def test_rows_of_several_conversations_are_read_as_each_alone(make, int8):
+def test_rows_of_several_conversations_are_read_as_each_alone(make, int8, compiled):
     """Different lengths, turns and times; several steps, so that what one pass leaves behind serves the next."""
     model = make()
-    inference, random = InferenceModel(model, int8=int8), torch.Generator().manual_seed(3)
+    inference, random = InferenceModel(model, int8, compiled), torch.Generator().manual_seed(3)
     given = [
         model.config.layout.turn_rows(Turn(list(range(n)), torch.randint(0, 16, (n, 4), generator=random))).batch()
         for n in (5, 9, 14)
@@ -76,10 +83,11 @@ def test_rows_of_several_conversations_are_read_as_each_alone(make, int8):
     assert len({cache.keys.length for cache in alone}) == 3
 
 
-def test_with_8_bits_it_speaks_nearly_as_the_model_does(tokenizer):
+@pytest.mark.parametrize("compiled", [False, None])
+def test_with_8_bits_it_speaks_nearly_as_the_model_does(tokenizer, compiled):
     model = full_model()
     rows = model.config.layout.turn_rows(Turn(list(range(20)), torch.randint(0, 16, (9, 4)))).batch()
-    inference = InferenceModel(model, int8=True)
+    inference = InferenceModel(model, int8=True, compiled=compiled)
     with torch.inference_mode():
         exact = model.hidden(rows, cache=CSMCache(model))
         cache = CSMCache(model)

@@ -35,7 +35,7 @@ LEVELS = (
         "turn_shards",
     },
     {"conversation_formats", "conversations", "cross_attention", "folded_stack", "rvq_tokenizer"},
-    {"codec_batches", "model_sizes", "token_cache"},
+    {"codec_batches", "model_sizes", "native_stack", "token_cache"},
     {"architecture", "semantic_supervision", "speech_metrics"},
     {
         "codec_training",
