@@ -30,13 +30,18 @@ KEPT = ("cross_attention_every", "semantic_heads", "prosodic_heads", "text_head"
 
 
 def start_from(
-    source: str, additions: dict[str, object], seed: int, published: CSMConfig | None = None
+    source: str,
+    additions: dict[str, object],
+    seed: int,
+    published: CSMConfig | None = None,
+    other_codes: bool = False,
 ) -> tuple[CSM, set[str]]:
     """A model in fp32 and train mode with the weights of `source`, and the names of its parameters that are new.
 
     `source` is a folder of ours, a file or folder of either published layout (of `published`, by default csm-1b), or a
     name on the hub; `additions` are the fields of its CSMConfig to change. New parameters are drawn from `seed`, and
-    the model gives what its source gives until they learn. ValueError for a change that the weights cannot take and for
+    the model gives what its source gives until they learn. With `other_codes` the weights are taken although they know
+    the codes of another tokenizer. ValueError for a change that the weights cannot take and for
     tensors that do not fit, FileNotFoundError or MissingRequirement where there are none.
     """
     path = find_weights(source)
@@ -49,8 +54,10 @@ def start_from(
     config = dataclasses.replace(before, **additions)
     for name in KEPT:
         old, new = getattr(before, name), getattr(config, name)
-        if old and new != old:
-            raise ValueError(f"{source} has {name}={old}, which cannot become {new}; leave it as it is")
+        if old and new != old and not (other_codes and name == "audio_tokenizer"):
+            hint = "leave it as it is"
+            hint += "; or --other_codes, for a tokenizer trained from that one" if name == "audio_tokenizer" else ""
+            raise ValueError(f"{source} has {name}={old}, which cannot become {new}; {hint}")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = CSM(config) if ours else load_published(path, config)

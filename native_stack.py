@@ -29,8 +29,9 @@ from transformer import Block, KVCache, KVCaches, Transformer
 SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++")
 PANEL = 64  # as in the source
+A_THREAD = 16 << 20  # bytes of weights: with less for each, threads wait for one another, and torch's for both
 FEW_ROWS = 16  # of a sequence; from more on arithmetic is what takes the time, not reading weights
-BESIDE = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # numbers that lie in 4 bytes
+BESIDE = {torch.float32: (1, 1), torch.bfloat16: (1, 2), torch.int8: (2, 2)}  # in 4 bytes: inputs, groups of 16 outputs
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-trapping-math", "-fno-math-errno"]
 INSTRUCTIONS = {  # of what torch says of the processor
@@ -87,13 +88,26 @@ def library() -> Callable:
     key = hashlib.sha256(SOURCE.read_bytes() + repr((with_, flags, platform.machine())).encode()).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "native_step" / f"{key}.so"
     if not kept.is_file():
-        kept = _compiled([with_, *flags], kept)
-    function = ctypes.CDLL(str(kept)).step
+        made = _compiled([with_, *flags], kept)
+        function = _load(made)
+        if made != kept:
+            shutil.rmtree(made.parent, ignore_errors=True)
+    else:
+        function = _load(kept)
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     function.argtypes = [pointer, *[number] * 3, pointer, pointer, number, pointer, ctypes.c_int64, number]
     function.argtypes += [pointer, pointer, number]
     function.restype = None
     return function
+
+
+def _load(path: Path) -> Callable:
+    try:
+        return ctypes.CDLL(str(path)).step
+    except OSError as error:
+        raise MissingRequirement(
+            f"{path} cannot be loaded ({error}); delete it, or go without: --no-compile"
+        ) from error
 
 
 def _compiled(command: list[str], kept: Path) -> Path:
@@ -129,11 +143,11 @@ class NativeMatrix:
             self.scales[:out] = scale
         if weight.dtype not in KINDS:
             weight = weight.float()
-        panels = weight.new_zeros(filled, inputs)
-        panels[:out] = weight
-        panels = panels.view(-1, PANEL, inputs).transpose(1, 2)  # (panels, in, 64)
-        side_by_side = BESIDE[weight.dtype]
-        self.weights = panels.unflatten(2, (-1, side_by_side, 16)).transpose(3, 4).contiguous()
+        n, groups = BESIDE[weight.dtype]
+        panels = weight.new_zeros(filled, inputs + -inputs % n)
+        panels[:out, :inputs] = weight
+        panels = panels.unflatten(1, (-1, n)).unflatten(0, (-1, PANEL // 16 // groups, groups, 16))
+        self.weights = panels.permute(0, 4, 1, 3, 5, 2).contiguous()  # (panels, in / n, 4 / groups, 16, n, groups)
         scales = None if self.scales is None else self.scales.data_ptr()
         self.c = _Matrix(self.weights.data_ptr(), scales, out, inputs, KINDS[weight.dtype])
 
@@ -176,6 +190,7 @@ class NativeStack:
         c = stack.config
         sizes = c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_ff
         self.c = _Stack(self.blocks, *sizes, c.norm_eps * c.d_model)
+        self.most_threads = max(1, self.nbytes // A_THREAD)
 
     @property
     def nbytes(self) -> int:
@@ -224,7 +239,7 @@ class NativeStack:
             bf16,
             None if head is None else ctypes.byref(head.c),
             None if logits is None else logits.data_ptr(),
-            torch.get_num_threads(),
+            min(self.most_threads, torch.get_num_threads()),
         )
         return logits
 

@@ -4,6 +4,9 @@
 // nothing is started or allocated in between. Built and called by native_stack.py. Letters: R rows, D width, H heads,
 // G key/value heads, S positions in a cache, d = D / H.
 #include <unistd.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +27,7 @@ constexpr int HALF = PANEL / 2;
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef int16_t S32 __attribute__((vector_size(64)));
 
 struct BFloat16 {
     uint16_t bits;
@@ -51,9 +55,19 @@ inline void unpack(const BFloat16* p, F16 (&w)[4]) {  // output 32 k + i beside 
     }
 }
 
-inline void unpack(const int8_t* p, F16 (&w)[4]) {  // outputs i, 16 + i, 32 + i, 48 + i side by side
-    U16 fours = load<U16>(p);
-    for (int k = 0; k < 4; ++k) w[k] = __builtin_convertvector((I16)(fours << (24 - 8 * k)) >> 24, F16);
+// Sums of two neighbouring products of 16 bits.
+inline I16 multiply_pairs(S32 a, S32 b) {
+#if defined(__AVX512BW__)
+    return (I16)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    __m256i x[2], y[2];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    for (int k = 0; k < 2; ++k) x[k] = _mm256_madd_epi16(x[k], y[k]);
+    return load<I16>(x);
+#else
+    return ((I16)a << 16 >> 16) * ((I16)b << 16 >> 16) + ((I16)a >> 16) * ((I16)b >> 16);
+#endif
 }
 
 inline float sum(F16 v) {
@@ -212,21 +226,73 @@ struct Sequence {
 
 namespace {
 
-template <class W, int R>
-void multiply(const W* w, const float* x, int stride, int in, F16 (&sums)[R][PANEL / 16]) {
-    for (auto& row : sums) for (F16& sum : row) sum = F16{};
-    for (int i = 0; i < in; ++i, w += PANEL) {
-        F16 weights[PANEL / 16];
-        unpack(w, weights);
-        for (int r = 0; r < R; ++r)
-            for (int k = 0; k < PANEL / 16; ++k) sums[r][k] += weights[k] * x[r * stride + i];
-    }
-}
+// Rows of inputs, as products with weights of a kind take them.
+struct Floats {
+    const float* x;
+    int stride, in;
 
-template <class W, int R, class Take>
-void rows_of_panel(const Matrix& m, int panel, const float* x, int stride, int first, const Take& take) {
-    F16 sums[R][PANEL / 16];
-    multiply<W, R>((const W*)m.weights + int64_t(panel) * m.in * PANEL, x + int64_t(first) * stride, stride, m.in, sums);
+    template <class W, int R>
+    void multiply(const W* w, int first, F16 (&sums)[R][PANEL / 16]) const {
+        const float* own = x + int64_t(first) * stride;
+        for (int i = 0; i < in; ++i, w += PANEL) {
+            F16 weights[PANEL / 16];
+            unpack(w, weights);
+            for (int r = 0; r < R; ++r)
+                for (int k = 0; k < PANEL / 16; ++k) sums[r][k] += weights[k] * own[r * stride + i];
+        }
+    }
+};
+
+// For weights of 8 bits: whole numbers of 13 bits and a factor for each row, two inputs side by side.
+struct Whole {
+    static constexpr float MOST = 4096;
+    static constexpr int EXACT = 2048;  // pairs whose products cannot overflow 32 bits: 2 * 127 * 4096 each
+    std::vector<int32_t> pairs;
+    std::vector<float> factors;
+    int stride;
+
+    Whole(const Floats& from, int rows) : pairs(size_t(rows) * ((from.in + 1) / 2)), factors(rows) {
+        stride = (from.in + 1) / 2;
+        for (int r = 0; r < rows; ++r) {
+            const float* x = from.x + int64_t(r) * from.stride;
+            float most = 1e-30f;
+            for (int i = 0; i < from.in; ++i) most = std::max(most, std::fabs(x[i]));
+            factors[r] = most / MOST;
+            int16_t* whole = (int16_t*)&pairs[size_t(r) * stride];
+            for (int i = 0; i < from.in; ++i) whole[i] = int16_t(std::floor(x[i] * (MOST / most) + 0.5f));
+        }
+    }
+
+    template <class W, int R>
+    void multiply(const W* w, int first, F16 (&sums)[R][PANEL / 16]) const {
+        const int32_t* own = &pairs[size_t(first) * stride];
+        for (int begin = 0; begin < stride; begin += EXACT) {
+            I16 part[R][PANEL / 16] = {};
+            for (int i = begin; i < std::min(begin + EXACT, stride); ++i, w += 2 * PANEL) {
+                S32 weights[PANEL / 16];  // outputs 32 k + i and 32 k + 16 + i side by side, of two inputs
+                for (int k = 0; k < PANEL / 32; ++k) {
+                    S32 both = load<S32>(w + PANEL * k);
+                    weights[2 * k] = both << 8 >> 8;
+                    weights[2 * k + 1] = both >> 8;
+                }
+                for (int r = 0; r < R; ++r) {
+                    S32 inputs = (S32)(I16{} + own[r * stride + i]);
+                    for (int k = 0; k < PANEL / 16; ++k) part[r][k] += multiply_pairs(weights[k], inputs);
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int k = 0; k < PANEL / 16; ++k) sums[r][k] += __builtin_convertvector(part[r][k], F16);
+        }
+        for (int r = 0; r < R; ++r)
+            for (F16& sum : sums[r]) sum *= factors[first + r];
+    }
+};
+
+template <class W, int R, class X, class Take>
+void rows_of_panel(const Matrix& m, int panel, const X& x, int first, const Take& take) {
+    F16 sums[R][PANEL / 16] = {};
+    int64_t inputs = sizeof(W) == 1 ? m.in + m.in % 2 : m.in;
+    x.template multiply<W, R>((const W*)m.weights + panel * inputs * PANEL, first, sums);
     for (int r = 0; r < R; ++r) {
         if (m.scales)
             for (int k = 0; k < PANEL / 16; ++k) sums[r][k] *= load<F16>(m.scales + panel * PANEL + 16 * k);
@@ -236,13 +302,13 @@ void rows_of_panel(const Matrix& m, int panel, const float* x, int stride, int f
     }
 }
 
-template <class W, class Take>
-void panels(const Matrix& m, const float* x, int stride, int rows, int from, int to, const Take& take) {
+template <class W, class X, class Take>
+void panels(const Matrix& m, const X& x, int rows, int from, int to, const Take& take) {
     for (int panel = from; panel < to; ++panel) {
         int r = 0;  // the sums of a row are the same in whatever company it comes
-        for (; r + 4 <= rows; r += 4) rows_of_panel<W, 4>(m, panel, x, stride, r, take);
-        for (; r + 2 <= rows; r += 2) rows_of_panel<W, 2>(m, panel, x, stride, r, take);
-        for (; r < rows; ++r) rows_of_panel<W, 1>(m, panel, x, stride, r, take);
+        for (; r + 4 <= rows; r += 4) rows_of_panel<W, 4>(m, panel, x, r, take);
+        for (; r + 2 <= rows; r += 2) rows_of_panel<W, 2>(m, panel, x, r, take);
+        for (; r < rows; ++r) rows_of_panel<W, 1>(m, panel, x, r, take);
     }
 }
 
@@ -250,9 +316,11 @@ void panels(const Matrix& m, const float* x, int stride, int rows, int from, int
 template <class Take>
 void product(const Matrix& m, const float* x, int stride, int rows, int part, int parts, const Take& take) {
     int all = (m.out + PANEL - 1) / PANEL, from = all * part / parts, to = all * (part + 1) / parts;
-    if (m.kind == INT8) panels<int8_t>(m, x, stride, rows, from, to, take);
-    if (m.kind == BFLOAT16) panels<BFloat16>(m, x, stride, rows, from, to, take);
-    if (m.kind == FLOAT32) panels<float>(m, x, stride, rows, from, to, take);
+    Floats floats{x, stride, m.in};
+    if (from == to) return;
+    if (m.kind == INT8) panels<int8_t>(m, Whole(floats, rows), rows, from, to, take);
+    if (m.kind == BFLOAT16) panels<BFloat16>(m, floats, rows, from, to, take);
+    if (m.kind == FLOAT32) panels<float>(m, floats, rows, from, to, take);
 }
 
 // RMSNorm without its scale and divided by sqrt(D), which both lie in the matrices.

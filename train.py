@@ -65,6 +65,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of collect_data.py (default: data)")
     codec = f"of train_tokenizer.py, or kyutai/mimi (default: tokenizer/ in --init_from, else {TOKENIZER})"
     parser.add_argument("--tokenizer", help=codec)
+    other = "take weights of --init_from that know another tokenizer's codes: one that --tokenizer was trained from"
+    parser.add_argument("--other_codes", action="store_true", help=other, default=False)
     parser.add_argument("--text_tokenizer", help="bytes, or a Hugging Face tokenizer (default: as size or weights say)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/ and the size)")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
@@ -112,7 +114,8 @@ def build(args: argparse.Namespace, tokenizer: AudioTokenizer, seed: int) -> tup
         n_text = max(config.text_vocab_size, load_text_tokenizer(config.text_tokenizer).vocab_size)
         return dataclasses.replace(config, text_vocab_size=n_text), set()
     codes = codes_of(tokenizer)
-    model, new = start_from(args.init_from, {**additions, "audio_tokenizer": codes["audio_tokenizer"]}, seed)
+    additions |= {"audio_tokenizer": codes["audio_tokenizer"]}
+    model, new = start_from(args.init_from, additions, seed, other_codes=args.other_codes)
     for name in ("n_codebooks", "codebook_size"):
         if getattr(model.config, name) != codes[name]:
             raise ValueError(

@@ -84,7 +84,7 @@ def test_a_start_from_ours_keeps_all_it_has_and_adds_the_rest(tmp_path):
         ({"prosodic_heads": 4}, r"has prosodic_heads=2, which cannot become 4"),
         ({"cross_attention_every": 2}, r"has cross_attention_every=1, which cannot become 2"),
         ({"text_head": False}, r"has text_head=True, which cannot become False"),
-        ({"audio_tokenizer": "another"}, r"has audio_tokenizer=one, which cannot become another"),
+        ({"audio_tokenizer": "another"}, r"has audio_tokenizer=one, which cannot become another; .* or --other_codes"),
         ({"memory_key": 4}, r"tensor memory\.\S+ has shape \(16, 64\), expected \(8, 64\)"),
         ({"n_codebooks": 5}, r"tensor depth_heads has shape \(3, 32, 17\), expected \(4, 32, 17\)"),
         ({"acoustic_delay": -1}, r"acoustic_delay=-1 must be at least 0"),
@@ -95,6 +95,14 @@ def test_a_change_that_the_weights_cannot_take_is_refused(tmp_path, changes, mes
     with pytest.raises(ValueError, match=message) as refusal:
         start_from(str(tmp_path), changes, 1)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_know_other_codes_are_taken_when_asked(tmp_path):
+    source = full_model(audio_tokenizer="one")
+    save_model(source, tmp_path)
+    model, new = start_from(str(tmp_path), {"audio_tokenizer": "another"}, 1, other_codes=True)
+    assert model.config.audio_tokenizer == "another" and not new
+    assert_same_losses(source, model, conversation_rows(source.config, 3))
 
 
 def test_csm_1b_takes_no_acoustic_delay(published, csm):
