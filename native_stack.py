@@ -18,8 +18,10 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from command_line import MissingRequirement
@@ -28,7 +30,6 @@ from transformer import Block, KVCache, KVCaches, Transformer
 
 SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++")
-PANEL = 64  # as in the source
 A_THREAD = 16 << 20  # bytes of weights: with less for each, threads wait for one another, and torch's for both
 FEW_ROWS = 16  # of a sequence; from more on arithmetic is what takes the time, not reading weights
 BESIDE = {torch.float32: (1, 1), torch.bfloat16: (1, 2), torch.int8: (2, 2)}  # in 4 bytes: inputs, groups of 16 outputs
@@ -78,9 +79,16 @@ def compiler() -> str | None:
     return next((found for name in (named, *COMPILERS) if name and (found := shutil.which(name))), None)
 
 
+class Library(NamedTuple):
+    """The compiled source."""
+
+    step: Callable
+    lanes: int  # floats in a register; a panel has 4 registers of outputs
+
+
 @functools.cache
-def library() -> Callable:
-    """The compiled function. MissingRequirement: no compiler, or one that fails."""
+def library() -> Library:
+    """MissingRequirement: no compiler, or one that fails."""
     with_ = compiler()
     if with_ is None:
         raise MissingRequirement(f"compiling needs a C++ compiler, one of {', '.join(COMPILERS)}; or go without")
@@ -89,21 +97,21 @@ def library() -> Callable:
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "native_step" / f"{key}.so"
     if not kept.is_file():
         made = _compiled([with_, *flags], kept)
-        function = _load(made)
+        loaded = _load(made)
         if made != kept:
             shutil.rmtree(made.parent, ignore_errors=True)
     else:
-        function = _load(kept)
+        loaded = _load(kept)
     pointer, number = ctypes.c_void_p, ctypes.c_int32
-    function.argtypes = [pointer, *[number] * 3, pointer, pointer, number, pointer, ctypes.c_int64, number]
-    function.argtypes += [pointer, pointer, number]
-    function.restype = None
-    return function
+    loaded.step.argtypes = [pointer, *[number] * 3, pointer, pointer, number, pointer, ctypes.c_int64, number]
+    loaded.step.argtypes += [pointer, pointer, number]
+    loaded.step.restype = None
+    return Library(loaded.step, loaded.lanes())
 
 
-def _load(path: Path) -> Callable:
+def _load(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path)).step
+        return ctypes.CDLL(str(path))
     except OSError as error:
         raise MissingRequirement(
             f"{path} cannot be loaded ({error}); delete it, or go without: --no-compile"
@@ -131,11 +139,11 @@ def _compiled(command: list[str], kept: Path) -> Path:
 
 
 class NativeMatrix:
-    """(out, in) weights, of 8 bits if `int8`, in panels of 64 outputs."""
+    """(out, in) weights, of 8 bits if `int8`, in panels of outputs."""
 
     def __init__(self, weight: Tensor, int8: bool):
-        out, inputs = weight.shape
-        filled = -(-out // PANEL) * PANEL
+        (out, inputs), lanes = weight.shape, library().lanes
+        filled = out + -out % (4 * lanes)
         self.scales = None
         if int8:
             weight, scale = eight_bits(weight)
@@ -146,8 +154,8 @@ class NativeMatrix:
         n, groups = BESIDE[weight.dtype]
         panels = weight.new_zeros(filled, inputs + -inputs % n)
         panels[:out, :inputs] = weight
-        panels = panels.unflatten(1, (-1, n)).unflatten(0, (-1, PANEL // 16 // groups, groups, 16))
-        self.weights = panels.permute(0, 4, 1, 3, 5, 2).contiguous()  # (panels, in / n, 4 / groups, 16, n, groups)
+        panels = panels.unflatten(1, (-1, n)).unflatten(0, (-1, 4 // groups, groups, lanes))
+        self.weights = panels.permute(0, 4, 1, 3, 5, 2).contiguous()  # (panels, in / n, 4 / groups, lanes, n, groups)
         scales = None if self.scales is None else self.scales.data_ptr()
         self.c = _Matrix(self.weights.data_ptr(), scales, out, inputs, KINDS[weight.dtype])
 
@@ -158,13 +166,12 @@ class NativeMatrix:
 
 def _native(block: Block, int8: bool) -> tuple[NativeMatrix, ...]:
     """The four matrices of a block with the scales of its norms folded in, and that of the queries."""
-    a, f = block.attention, block.feed_forward
+    a, f, half = block.attention, block.feed_forward, 2 * library().lanes
     length = math.sqrt(block.attention_norm.weight.numel())  # of a vector whose mean square is 1
     qkv = torch.cat((a.q_proj.weight * a.d_head**-0.5, a.k_proj.weight, a.v_proj.weight))
     gate_up = torch.stack((f.gate_proj.weight, f.up_proj.weight))  # (2, d_ff, D)
-    filling = -gate_up.size(1) % (PANEL // 2)
-    gate_up = torch.nn.functional.pad(gate_up, (0, 0, 0, filling))
-    gate_up = gate_up.unflatten(1, (-1, PANEL // 2)).transpose(0, 1).flatten(0, 2)  # 32 of one, 32 of the other, ...
+    gate_up = F.pad(gate_up, (0, 0, 0, -gate_up.size(1) % half))
+    gate_up = gate_up.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)  # half a panel of one, half of the other
     folded = (
         qkv * (length * block.attention_norm.weight),
         a.o_proj.weight,
@@ -184,7 +191,7 @@ class NativeStack:
     def __init__(self, stack: Transformer, int8: bool = False):
         if stack.norm.weight.device.type != "cpu":
             raise ValueError(f"native steps are for a CPU, the model is on {stack.norm.weight.device}")
-        self.step, self.stack, self.config = library(), stack, stack.config
+        self.step, self.stack, self.config = library().step, stack, stack.config
         self.matrices = [_native(block, int8) for block in stack.blocks]
         self.blocks = (_Block * len(self.matrices))(*(_Block(*(m.c for m in four)) for four in self.matrices))
         c = stack.config

@@ -4,7 +4,7 @@
 // nothing is started or allocated in between. Built and called by native_stack.py. Letters: R rows, D width, H heads,
 // G key/value heads, S positions in a cache, d = D / H.
 #include <unistd.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -21,13 +21,22 @@
 
 namespace {
 
-constexpr int PANEL = 64;  // outputs that are computed at once
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST_ROWS = 4;  // floats in a register; rows whose sums, four of each, fit in all registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MOST_ROWS = 2;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, MOST_ROWS = 4;
+#else
+constexpr int LANES = 4, MOST_ROWS = 2;
+#endif
+constexpr int PANEL = 4 * LANES;  // outputs that are computed at once
 constexpr int HALF = PANEL / 2;
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef int16_t S32 __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 struct BFloat16 {
     uint16_t bits;
@@ -42,47 +51,45 @@ inline V load(const P* p) {
     return v;
 }
 
-// 64 weights of an input
-inline void unpack(const float* p, F16 (&w)[4]) {
-    for (int k = 0; k < 4; ++k) w[k] = load<F16>(p + 16 * k);
+// The weights of a panel for one input
+inline void unpack(const float* p, Floats (&w)[4]) {
+    for (int k = 0; k < 4; ++k) w[k] = load<Floats>(p + LANES * k);
 }
 
-inline void unpack(const BFloat16* p, F16 (&w)[4]) {  // output 32 k + i beside 32 k + 16 + i
+inline void unpack(const BFloat16* p, Floats (&w)[4]) {  // the outputs of a register side by side with the next one's
     for (int k = 0; k < 2; ++k) {
-        U16 pairs = load<U16>(p + 32 * k);
-        w[2 * k] = (F16)(pairs << 16);
-        w[2 * k + 1] = (F16)(pairs & 0xffff0000u);
+        Bits pairs = load<Bits>(p + 2 * LANES * k);
+        w[2 * k] = (Floats)(pairs << 16);
+        w[2 * k + 1] = (Floats)(pairs & 0xffff0000u);
     }
 }
 
 // Sums of two neighbouring products of 16 bits.
-inline I16 multiply_pairs(S32 a, S32 b) {
+inline Ints multiply_pairs(Shorts a, Shorts b) {
 #if defined(__AVX512BW__)
-    return (I16)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-    __m256i x[2], y[2];
-    memcpy(x, &a, sizeof x);
-    memcpy(y, &b, sizeof y);
-    for (int k = 0; k < 2; ++k) x[k] = _mm256_madd_epi16(x[k], y[k]);
-    return load<I16>(x);
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-    return ((I16)a << 16 >> 16) * ((I16)b << 16 >> 16) + ((I16)a >> 16) * ((I16)b >> 16);
+    return ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
 #endif
 }
 
-inline float sum(F16 v) {
+inline float sum(Floats v) {
     float all = 0;
-    for (int i = 0; i < 16; ++i) all += v[i];
+    for (int i = 0; i < LANES; ++i) all += v[i];
     return all;
 }
 
 inline float number(float x) { return x; }
 
-inline F16 numbers(const float* p) { return load<F16>(p); }
+inline Floats numbers(const float* p) { return load<Floats>(p); }
 
-inline F16 numbers(const BFloat16* p) {
-    typedef uint16_t H16 __attribute__((vector_size(32)));
-    return (F16)(__builtin_convertvector(load<H16>(p), U16) << 16);
+inline Floats numbers(const BFloat16* p) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    return (Floats)(__builtin_convertvector(load<Halves>(p), Bits) << 16);
 }
 
 inline float number(BFloat16 x) {
@@ -102,9 +109,9 @@ inline void store(BFloat16* p, float x) {
 
 template <class C>
 inline float dot(const float* a, const C* b, int n) {
-    F16 sums{};
+    Floats sums{};
     int i = 0;
-    for (; i + 16 <= n; i += 16) sums += load<F16>(a + i) * numbers(b + i);
+    for (; i + LANES <= n; i += LANES) sums += load<Floats>(a + i) * numbers(b + i);
     float all = sum(sums);
     for (; i < n; ++i) all += a[i] * number(b[i]);
     return all;
@@ -198,7 +205,7 @@ enum Kind : int32_t { FLOAT32, BFLOAT16, INT8 };
 
 extern "C" {
 
-// (out, in), in panels of 64 outputs, each (in, 64); the last one is filled up with zeros.
+// (out, in), in panels of outputs, each (in, PANEL); the last one is filled up with zeros.
 struct Matrix {
     const void* weights;
     const float* scales;  // of each output, for INT8
@@ -206,7 +213,7 @@ struct Matrix {
 };
 
 struct Block {
-    Matrix qkv, out, gate_up, down;  // gate_up: 32 outputs of the gate, then the same 32 of the other, and so on
+    Matrix qkv, out, gate_up, down;  // gate_up: of each panel one half is of the gate, the other of the rest
 };
 
 struct Stack {
@@ -227,18 +234,18 @@ struct Sequence {
 namespace {
 
 // Rows of inputs, as products with weights of a kind take them.
-struct Floats {
+struct Rows {
     const float* x;
     int stride, in;
 
     template <class W, int R>
-    void multiply(const W* w, int first, F16 (&sums)[R][PANEL / 16]) const {
+    void multiply(const W* w, int first, Floats (&sums)[R][4]) const {
         const float* own = x + int64_t(first) * stride;
         for (int i = 0; i < in; ++i, w += PANEL) {
-            F16 weights[PANEL / 16];
+            Floats weights[4];
             unpack(w, weights);
             for (int r = 0; r < R; ++r)
-                for (int k = 0; k < PANEL / 16; ++k) sums[r][k] += weights[k] * own[r * stride + i];
+                for (int k = 0; k < 4; ++k) sums[r][k] += weights[k] * own[r * stride + i];
         }
     }
 };
@@ -251,7 +258,7 @@ struct Whole {
     std::vector<float> factors;
     int stride;
 
-    Whole(const Floats& from, int rows) : pairs(size_t(rows) * ((from.in + 1) / 2)), factors(rows) {
+    Whole(const Rows& from, int rows) : pairs(size_t(rows) * ((from.in + 1) / 2)), factors(rows) {
         stride = (from.in + 1) / 2;
         for (int r = 0; r < rows; ++r) {
             const float* x = from.x + int64_t(r) * from.stride;
@@ -264,38 +271,38 @@ struct Whole {
     }
 
     template <class W, int R>
-    void multiply(const W* w, int first, F16 (&sums)[R][PANEL / 16]) const {
+    void multiply(const W* w, int first, Floats (&sums)[R][4]) const {
         const int32_t* own = &pairs[size_t(first) * stride];
         for (int begin = 0; begin < stride; begin += EXACT) {
-            I16 part[R][PANEL / 16] = {};
+            Ints part[R][4] = {};
             for (int i = begin; i < std::min(begin + EXACT, stride); ++i, w += 2 * PANEL) {
-                S32 weights[PANEL / 16];  // outputs 32 k + i and 32 k + 16 + i side by side, of two inputs
-                for (int k = 0; k < PANEL / 32; ++k) {
-                    S32 both = load<S32>(w + PANEL * k);
+                Shorts weights[4];  // of two inputs; the outputs of a register side by side with the next one's
+                for (int k = 0; k < 2; ++k) {
+                    Shorts both = load<Shorts>(w + PANEL * k);
                     weights[2 * k] = both << 8 >> 8;
                     weights[2 * k + 1] = both >> 8;
                 }
                 for (int r = 0; r < R; ++r) {
-                    S32 inputs = (S32)(I16{} + own[r * stride + i]);
-                    for (int k = 0; k < PANEL / 16; ++k) part[r][k] += multiply_pairs(weights[k], inputs);
+                    Shorts inputs = (Shorts)(Ints{} + own[r * stride + i]);
+                    for (int k = 0; k < 4; ++k) part[r][k] += multiply_pairs(weights[k], inputs);
                 }
             }
             for (int r = 0; r < R; ++r)
-                for (int k = 0; k < PANEL / 16; ++k) sums[r][k] += __builtin_convertvector(part[r][k], F16);
+                for (int k = 0; k < 4; ++k) sums[r][k] += __builtin_convertvector(part[r][k], Floats);
         }
         for (int r = 0; r < R; ++r)
-            for (F16& sum : sums[r]) sum *= factors[first + r];
+            for (Floats& sum : sums[r]) sum *= factors[first + r];
     }
 };
 
 template <class W, int R, class X, class Take>
 void rows_of_panel(const Matrix& m, int panel, const X& x, int first, const Take& take) {
-    F16 sums[R][PANEL / 16] = {};
+    Floats sums[R][4] = {};
     int64_t inputs = sizeof(W) == 1 ? m.in + m.in % 2 : m.in;
     x.template multiply<W, R>((const W*)m.weights + panel * inputs * PANEL, first, sums);
     for (int r = 0; r < R; ++r) {
         if (m.scales)
-            for (int k = 0; k < PANEL / 16; ++k) sums[r][k] *= load<F16>(m.scales + panel * PANEL + 16 * k);
+            for (int k = 0; k < 4; ++k) sums[r][k] *= load<Floats>(m.scales + panel * PANEL + LANES * k);
         float values[PANEL];
         memcpy(values, sums[r], sizeof values);
         take(first + r, panel, values);
@@ -306,21 +313,21 @@ template <class W, class X, class Take>
 void panels(const Matrix& m, const X& x, int rows, int from, int to, const Take& take) {
     for (int panel = from; panel < to; ++panel) {
         int r = 0;  // the sums of a row are the same in whatever company it comes
-        for (; r + 4 <= rows; r += 4) rows_of_panel<W, 4>(m, panel, x, r, take);
+        for (; r + MOST_ROWS <= rows; r += MOST_ROWS) rows_of_panel<W, MOST_ROWS>(m, panel, x, r, take);
         for (; r + 2 <= rows; r += 2) rows_of_panel<W, 2>(m, panel, x, r, take);
         for (; r < rows; ++r) rows_of_panel<W, 1>(m, panel, x, r, take);
     }
 }
 
-// Share `part` of `parts` of the product of (rows, in) with m; `take` is given row, panel and 64 outputs.
+// Share `part` of `parts` of the product of (rows, in) with m; `take` is given row, panel and its outputs.
 template <class Take>
 void product(const Matrix& m, const float* x, int stride, int rows, int part, int parts, const Take& take) {
     int all = (m.out + PANEL - 1) / PANEL, from = all * part / parts, to = all * (part + 1) / parts;
-    Floats floats{x, stride, m.in};
+    Rows given{x, stride, m.in};
     if (from == to) return;
-    if (m.kind == INT8) panels<int8_t>(m, Whole(floats, rows), rows, from, to, take);
-    if (m.kind == BFLOAT16) panels<BFloat16>(m, floats, rows, from, to, take);
-    if (m.kind == FLOAT32) panels<float>(m, floats, rows, from, to, take);
+    if (m.kind == INT8) panels<int8_t>(m, Whole(given, rows), rows, from, to, take);
+    if (m.kind == BFLOAT16) panels<BFloat16>(m, given, rows, from, to, take);
+    if (m.kind == FLOAT32) panels<float>(m, given, rows, from, to, take);
 }
 
 // RMSNorm without its scale and divided by sqrt(D), which both lie in the matrices.
@@ -476,6 +483,8 @@ class Call {
 };
 
 }  // namespace
+
+extern "C" int32_t lanes() { return LANES; }
 
 // Blocks first .. last - 1 on (R, D) x, in place, of n sequences, whose lengths grow where the `last` block is the
 // stack's last; then, if there is a head, (n, out) logits.
