@@ -402,6 +402,7 @@ def print_costs(config: CSMConfig, n_parameters: int, args: argparse.Namespace) 
     memories: dict[str, Memory] = {
         "inference, fp32": inference_memory(config, n_parameters),
         "inference, bf16": inference_memory(config, n_parameters, bytes_per_weight=2),
+        "fp32, CPU compiled": inference_memory(config, n_parameters, compiled=True),
         "training, fp32": training_memory(config, n_parameters, *batch),
         "training, bf16": training_memory(config, n_parameters, *batch, bf16=True),
     }

@@ -129,9 +129,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
     if min_p:
         likely = likely * (likely >= min_p * likely[:, :1])  # topk sorts
     waits = torch.empty_like(likely).exponential_(generator=generator)
-    choice = (likely / waits).argmax(
-        dim=-1, keepdim=True
-    )  # (N, 1); what torch.multinomial does, in a third of its time
+    choice = (likely / waits).argmax(dim=-1, keepdim=True)  # (N, 1), that of torch.multinomial in a third of its time
     return index.gather(1, choice).squeeze(1)
 
 
@@ -181,7 +179,12 @@ class Speaker:
         """
         c = self.model.config
         allowed = c.codebook_size if c.zero_end_of_turn or not may_end else c.layout.end_of_turn + 1
-        code = self.choose(self.model.codebook0_head(hidden)[:, :allowed])[:, None]
+        logits = self.model.codebook0_head(hidden)[:, :allowed]
+        if bool(logits.isnan().any()):
+            raise ValueError(
+                "the model's logits are no numbers: its weights are damaged, or overflow in this precision"
+            )
+        code = self.choose(logits)[:, None]
         stop = min(c.n_semantic, self.n_codebooks) if c.acoustic_delay else self.n_codebooks
         if not c.zero_end_of_turn and bool((code == c.layout.end_of_turn).all()):
             code = F.pad(code, (0, stop - 1))

@@ -1,4 +1,5 @@
-"""A CSM arranged for generation: the depth decoder one code after another, and, with 8-bit weights, the backbone too.
+"""A CSM arranged for generation: the depth decoder one code after another, and, compiled or with 8-bit weights, the
+backbone too.
 
 Made once and shared by any number of conversations. Letters: N frames, K codebooks, V codes, A codes with special ones,
 D backbone width, E depth width.
@@ -17,22 +18,23 @@ from architecture import CSM, CSMCache
 from command_line import MissingRequirement
 from folded_stack import CompiledStep, FoldedStack, product, weights_of
 from frames import Rows
-from native_stack import NativeMatrix, NativeStack, library
+from native_stack import NativeMatrix, NativeStack, library, takes
 from transformer import KVCache
 
 
 class InferenceModel:
     """The weights that `model` has now: make another one when they change. ValueError for 8 bits off a CPU.
 
-    Compiled it is faster, on a CPU several times: None is for a CPU with a C++ compiler. On other devices what several
-    conversations need at once is not compiled. MissingRequirement: nothing to compile with.
+    Compiled it is faster, on a CPU several times: None is for fp32 and bf16 on a CPU with a C++ compiler. It holds the
+    blocks of both stages once more then; pieces of a context longer than a few rows go through the model as it is. On
+    other devices what several conversations need at once is not compiled. MissingRequirement: nothing to compile with.
     """
 
     def __init__(self, model: CSM, int8: bool = False, compiled: bool | None = None):
         self.model, self.config = model, model.config
         self.tokenizer: object = None  # the one whose codes were found to be the model's
         self.compiled = can_compile(model) if compiled is None else compiled
-        if self.compiled and model.depth.norm.weight.device.type == "cpu":
+        if self.compiled and takes(model.depth):
             self.depth = NativeDepthLoop(model, int8)
             self.backbone = NativeStack(model.backbone, int8).forward
         else:
@@ -51,11 +53,9 @@ class InferenceModel:
 
 
 def can_compile(model: CSM) -> bool:
-    """Whether steps of the model can be compiled at once: on a CPU, with a C++ compiler that works."""
-    if model.depth.norm.weight.device.type != "cpu":
-        return False
+    """Whether there are native steps for the model: its weights fit, and there is a C++ compiler that works."""
     try:
-        return bool(library())
+        return takes(model.depth) and bool(library())
     except MissingRequirement:
         return False
 

@@ -192,15 +192,16 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int = 4) -> Memory:
+def inference_memory(config: CSMConfig, n_parameters: int, bytes_per_weight: int = 4, compiled: bool = False) -> Memory:
     """One conversation with a full context: weights, KV caches of both stages, the ConversationalMemory in fp32.
 
-    `caches` has blocks, heads and inputs of the depth decoder once more, as `DepthLoop` holds them.
-    Compiled, on a CPU, those of the backbone come on top.
+    `caches` has blocks, heads and inputs of the depth decoder once more, as `DepthLoop` holds them;
+    `compiled`, on a CPU, those of the backbone too.
     """
     d, K = config.depth, config.n_codebooks
     cached = d.d_model * ((K - 1) * config.codebook_size + K * config.audio_vocab_size)
-    cached += d.n_layers * (2 * d.d_model**2 + 2 * d.d_model * d.n_kv_heads * d.d_head + 3 * d.d_model * d.d_ff)
+    for s in (d, config.backbone) if compiled else (d,):
+        cached += s.n_layers * (2 * s.d_model**2 + 2 * s.d_model * s.n_kv_heads * s.d_head + 3 * s.d_model * s.d_ff)
     for stack, positions in ((config.backbone, config.max_positions), (config.depth, config.n_codebooks)):
         cached += 2 * stack.n_layers * stack.n_kv_heads * stack.d_head * positions
     b = config.backbone  # every row of the context is text or audio; audio counts for a quarter, as pools

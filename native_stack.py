@@ -7,12 +7,14 @@ positions of each, R = N T rows, D width, G key/value heads, S positions in a ca
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpointing import write_atomically
 from command_line import MissingRequirement
 from folded_stack import eight_bits
 from transformer import Block, KVCache, KVCaches, Transformer
@@ -32,7 +35,7 @@ SOURCE = Path(__file__).with_name("native_step.cpp")
 COMPILERS = ("g++", "clang++")
 A_THREAD = 16 << 20  # bytes of weights: with less for each, threads wait for one another, and torch's for both
 FEW_ROWS = 16  # of a sequence; from more on arithmetic is what takes the time, not reading weights
-BESIDE = {torch.float32: (1, 1), torch.bfloat16: (1, 2), torch.int8: (2, 2)}  # in 4 bytes: inputs, groups of 16 outputs
+BESIDE = {torch.float32: (1, 1), torch.bfloat16: (1, 2), torch.int8: (2, 2)}  # in 4 bytes: inputs, registers of outputs
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-trapping-math", "-fno-math-errno"]
 INSTRUCTIONS = {  # of what torch says of the processor
@@ -73,12 +76,6 @@ class _Sequence(ctypes.Structure):
     ]
 
 
-def compiler() -> str | None:
-    """The C++ compiler of this machine, CXX before others; None if there is none."""
-    named = os.environ.get("CXX")
-    return next((found for name in (named, *COMPILERS) if name and (found := shutil.which(name))), None)
-
-
 class Library(NamedTuple):
     """The compiled source."""
 
@@ -86,56 +83,81 @@ class Library(NamedTuple):
     lanes: int  # floats in a register; a panel has 4 registers of outputs
 
 
-@functools.cache
-def library() -> Library:
-    """MissingRequirement: no compiler, or one that fails."""
-    with_ = compiler()
-    if with_ is None:
-        raise MissingRequirement(f"compiling needs a C++ compiler, one of {', '.join(COMPILERS)}; or go without")
+def compilers() -> list[list[str]]:
+    """Commands of the C++ compilers of this machine, CXX before others."""
+    named = [shlex.split(os.environ.get("CXX", "")), *([name] for name in COMPILERS)]
+    return [command for command in named if command and shutil.which(command[0])]
+
+
+def commands() -> list[list[str]]:
+    """Of each compiler, with what this processor can do."""
     flags = [*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((with_, flags, platform.machine())).encode()).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "native_step" / f"{key}.so"
-    if not kept.is_file():
-        made = _compiled([with_, *flags], kept)
-        loaded = _load(made)
-        if made != kept:
-            shutil.rmtree(made.parent, ignore_errors=True)
-    else:
-        loaded = _load(kept)
+    return [[*compiler, *flags] for compiler in compilers()]
+
+
+def library() -> Library:
+    """MissingRequirement: nothing to compile with, or what is compiled does not run here."""
+    found = _found()
+    if isinstance(found, str):
+        raise MissingRequirement(f"{found}; go without: --no-compile")
+    return found
+
+
+@functools.cache
+def _found() -> Library | str:
+    """Or why there is none; asked for once in a process."""
+    if os.name == "nt":
+        return "steps of the model are not compiled on Windows"
+    reasons = [f"compiling needs a C++ compiler, one of {', '.join(COMPILERS)}"]
+    for command in commands():
+        try:
+            return _built(command)
+        except (OSError, subprocess.SubprocessError) as error:
+            reasons.append(f"{command[0]} cannot compile {SOURCE.name} for this machine ({error})")
+    return reasons[-1]
+
+
+def _built(command: list[str]) -> Library:
+    """From this user's cache, else compiled and put there. OSError, SubprocessError: it cannot be."""
+    kept = _kept(command)
+    if kept is not None and kept.is_file():
+        with contextlib.suppress(OSError):  # of another machine that shares the folder, or damaged: compiled anew
+            return _loaded(kept)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "step.so"
+        done = subprocess.run(
+            [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            said = (line for line in done.stderr.splitlines() if "error" in line)
+            raise subprocess.SubprocessError(next(said, f"exit code {done.returncode}"))
+        if kept is not None:
+            with contextlib.suppress(OSError):  # it cannot be kept, or was not
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept, made.read_bytes())
+                return _loaded(kept)
+        return _loaded(made)
+
+
+def _kept(command: list[str]) -> Path | None:
+    """Where the library is kept for the next process; None if this user has no such place."""
+    machine = platform.system(), platform.machine(), platform.libc_ver(), shutil.which(command[0])
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((command, machine)).encode()).hexdigest()[:16]
+    try:
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "native_step" / f"{key}.so"
+        kept.is_file()
+    except (OSError, RuntimeError):  # there is no home, or not for us
+        return None
+    return kept
+
+
+def _loaded(path: Path) -> Library:
+    loaded = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     loaded.step.argtypes = [pointer, *[number] * 3, pointer, pointer, number, pointer, ctypes.c_int64, number]
     loaded.step.argtypes += [pointer, pointer, number]
     loaded.step.restype = None
     return Library(loaded.step, loaded.lanes())
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise MissingRequirement(
-            f"{path} cannot be loaded ({error}); delete it, or go without: --no-compile"
-        ) from error
-
-
-def _compiled(command: list[str], kept: Path) -> Path:
-    """Where the library is now: `kept`, or a folder of this process where that cannot be written."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=kept.parent))
-    except OSError:
-        folder = Path(tempfile.mkdtemp())
-        kept = folder / kept.name
-    made = folder / "made.so"
-    done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(folder)
-        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        raise MissingRequirement(f"{command[0]} cannot compile {SOURCE.name} ({said}); go without: --no-compile")
-    made.replace(kept)
-    if folder != kept.parent:
-        shutil.rmtree(folder)
-    return kept
 
 
 class NativeMatrix:
@@ -181,16 +203,24 @@ def _native(block: Block, int8: bool) -> tuple[NativeMatrix, ...]:
     return tuple(NativeMatrix(weight, int8) for weight in folded)
 
 
+def takes(stack: Transformer) -> bool:
+    """Whether its weights are where, and of a precision that, native steps are for."""
+    weight = stack.norm.weight
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+
+
 class NativeStack:
     """The blocks that `stack` has now: make another one when they change. Its caches are those of the stack.
 
-    MissingRequirement: nothing to compile with. ValueError: the weights are not on a CPU.
+    Of more rows than a few at once `forward` leaves the work to `stack` as it is then. MissingRequirement: nothing to
+    compile with. ValueError: the weights are not on a CPU, or of another precision than fp32 and bf16.
     """
 
     @torch.no_grad()
     def __init__(self, stack: Transformer, int8: bool = False):
-        if stack.norm.weight.device.type != "cpu":
-            raise ValueError(f"native steps are for a CPU, the model is on {stack.norm.weight.device}")
+        if not takes(stack):
+            found = f"{stack.norm.weight.dtype} on {stack.norm.weight.device}"
+            raise ValueError(f"native steps are for fp32 and bf16 on a CPU, the model is of {found}")
         self.step, self.stack, self.config = library().step, stack, stack.config
         self.matrices = [_native(block, int8) for block in stack.blocks]
         self.blocks = (_Block * len(self.matrices))(*(_Block(*(m.c for m in four)) for four in self.matrices))
@@ -232,6 +262,9 @@ class NativeStack:
         one before; `turns` are (N or 1, R / N, d). (N, V) logits of the last row of each of N sequences, if there is a
         `head`. The last block of the stack lengthens the sequences."""
         N, c = len(sequences), self.config
+        rows = sum(sequence.rows for sequence in sequences)
+        if x.shape != (rows, c.d_model) or not (x.is_contiguous() and turns.is_contiguous()):
+            raise ValueError(f"{tuple(x.shape)} is not ({rows}, {c.d_model}) in one piece")
         logits = None if head is None else x.new_empty(N, head.c.out)
         self.step(
             ctypes.byref(self.c),
@@ -267,10 +300,15 @@ class NativeStack:
             own.check_room(T)
         sequences, turns, dtype = self.sequences(caches, T), self.turns(positions), x.dtype
         bf16 = caches[0].both.dtype == torch.bfloat16
-        x = x.reshape(B * T, D).to(torch.float32, copy=True)
+        x = _own(x)
         for layer in range(c.n_layers):
             self.run(x, sequences, turns, layer, layer + 1, bf16)
             if between is not None:  # which may keep what it is given
-                x = between(layer, x.to(dtype).view(B, T, D)).reshape(B * T, D).to(torch.float32, copy=True)
+                x = _own(between(layer, x.to(dtype).view(B, T, D)))
         cache.advance(T)
         return self.stack.norm(x.to(dtype).view(B, T, D))
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy of (B, T, D) as (B T, D) in fp32, row after row."""
+    return x.flatten(0, 1).to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 // A few more positions of one or several sequences through the blocks of a Llama stack, and the logits behind them.
 //
-// Generation is moving weights: here every weight is read once per call, in the order in which it lies in memory, and
-// nothing is started or allocated in between. Built and called by native_stack.py. Letters: R rows, D width, H heads,
+// Generation is moving weights: here every weight is read once per call, in the order in which it lies in memory, with
+// hardly anything in between. Built and called by native_stack.py. Letters: R rows, D width, H heads,
 // G key/value heads, S positions in a cache, d = D / H.
 #include <unistd.h>
 #if defined(__SSE2__)
@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -150,9 +151,21 @@ inline void wait_a_little(int& turns) {
 // Threads that take part in one job at a time; idle ones look for the next for a moment, then sleep.
 class Team {
    public:
+    // How many of so many threads there are: a system may give no more.
+    int gather(int threads) {
+        try {
+            while (helpers_ < threads - 1) {
+                std::thread(&Team::help, this, helpers_ + 1, round_.load()).detach();
+                ++helpers_;
+            }
+        } catch (const std::system_error&) {
+        }
+        return std::min(threads, helpers_ + 1);
+    }
+
     void work(int threads, const std::function<void(int)>& job) {
-        while (helpers_ < threads - 1) std::thread(&Team::help, this, ++helpers_, round_.load()).detach();
         threads_ = threads;
+        if (threads == 1) return job(0);
         job_ = &job;
         left_.store(helpers_);
         {
@@ -254,25 +267,25 @@ struct Rows {
 struct Whole {
     static constexpr float MOST = 4096;
     static constexpr int EXACT = 2048;  // pairs whose products cannot overflow 32 bits: 2 * 127 * 4096 each
-    std::vector<int32_t> pairs;
+    std::vector<int16_t> numbers;
     std::vector<float> factors;
-    int stride;
+    int stride;  // pairs in a row
 
-    Whole(const Rows& from, int rows) : pairs(size_t(rows) * ((from.in + 1) / 2)), factors(rows) {
+    Whole(const Rows& from, int rows) : numbers(size_t(rows) * (from.in + from.in % 2)), factors(rows) {
         stride = (from.in + 1) / 2;
         for (int r = 0; r < rows; ++r) {
             const float* x = from.x + int64_t(r) * from.stride;
             float most = 1e-30f;
             for (int i = 0; i < from.in; ++i) most = std::max(most, std::fabs(x[i]));
             factors[r] = most / MOST;
-            int16_t* whole = (int16_t*)&pairs[size_t(r) * stride];
+            int16_t* whole = &numbers[size_t(r) * 2 * stride];
             for (int i = 0; i < from.in; ++i) whole[i] = int16_t(std::floor(x[i] * (MOST / most) + 0.5f));
         }
     }
 
     template <class W, int R>
     void multiply(const W* w, int first, Floats (&sums)[R][4]) const {
-        const int32_t* own = &pairs[size_t(first) * stride];
+        const int16_t* own = &numbers[size_t(first) * 2 * stride];
         for (int begin = 0; begin < stride; begin += EXACT) {
             Ints part[R][4] = {};
             for (int i = begin; i < std::min(begin + EXACT, stride); ++i, w += 2 * PANEL) {
@@ -283,7 +296,7 @@ struct Whole {
                     weights[2 * k + 1] = both >> 8;
                 }
                 for (int r = 0; r < R; ++r) {
-                    Shorts inputs = (Shorts)(Ints{} + own[r * stride + i]);
+                    Shorts inputs = (Shorts)(Ints{} + load<int32_t>(own + 2 * (int64_t(r) * stride + i)));
                     for (int k = 0; k < 4; ++k) part[r][k] += multiply_pairs(weights[k], inputs);
                 }
             }
@@ -482,6 +495,28 @@ class Call {
     int rows = 0, wide = 0;
 };
 
+// --- one call at a time ---------------------------------------------------------------------------------------------
+
+struct Shop {
+    const pid_t owner = getpid();
+    std::mutex one_at_a_time;
+    Team team;
+    Buffers buffers;
+};
+
+// That of this process: a forked one has none of the threads, and perhaps a lock that nobody will open. Never destroyed,
+// as threads use it until the process ends.
+Shop& shop_of_process() {
+    static std::atomic<Shop*> current{nullptr};
+    Shop* found = current.load();
+    while (!found || found->owner != getpid()) {
+        Shop* made = new Shop();
+        if (current.compare_exchange_strong(found, made)) return *made;
+        delete made;
+    }
+    return *found;
+}
+
 }  // namespace
 
 extern "C" int32_t lanes() { return LANES; }
@@ -491,17 +526,11 @@ extern "C" int32_t lanes() { return LANES; }
 extern "C" void step(const Stack* stack, int32_t first, int32_t last, int32_t ends, float* x, Sequence* sequences,
                      int32_t n, const float* turns, int64_t turns_between, int32_t bf16, const Matrix* head,
                      float* logits, int32_t threads) {
-    static std::mutex one_at_a_time;
-    static Team* team = nullptr;  // never destroyed, as its threads sleep until the process ends
-    static pid_t owner = 0;
-    static Buffers buffers;
-    std::lock_guard<std::mutex> lock(one_at_a_time);
-    if (owner != getpid()) {  // a forked process has none of the threads
-        team = new Team();
-        owner = getpid();
-    }
-    Call call(*team, threads, *stack, buffers, sequences, n, turns, turns_between, bf16, x);
-    team->work(threads, [&](int part) {
+    Shop& shop = shop_of_process();
+    std::lock_guard<std::mutex> lock(shop.one_at_a_time);
+    threads = shop.team.gather(threads);
+    Call call(shop.team, threads, *stack, shop.buffers, sequences, n, turns, turns_between, bf16, x);
+    shop.team.work(threads, [&](int part) {
         call.blocks(part, first, last);
         if (head) call.logits(part, *head, logits);
     });

@@ -753,3 +753,19 @@ def test_a_turn_needs_text_and_one_kind_of_audio(talk):
         talk().speak(0, " ... ")
     with pytest.raises(ValueError, match="either samples or codes"):
         talk().add_turn(0, "hello")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_damaged_weights_are_told_and_the_turn_was_none(tokenizer, temperature):
+    model = full_model()
+    talk = Conversation(model, tokenizer, ByteTokenizer(), sampling=Sampling(temperature=temperature, max_seconds=0.8))
+    talk.speak(0, "Hello.")
+    with torch.no_grad():
+        whole = model.codebook0_head.weight.clone()
+        model.codebook0_head.weight[3].fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model's logits are no numbers"):
+        talk.speak(1, "And you?")
+    assert len(talk.turns) == 1
+    with torch.no_grad():
+        model.codebook0_head.weight.copy_(whole)
+    assert len(talk.speak(1, "And you?").codes) and len(talk.turns) == 2

@@ -8,7 +8,7 @@ from architecture import CSMCache
 from frames import Rows, Turn
 from generation import Conversation, Sampling
 from inference_model import DepthLoop, InferenceModel, NativeDepthLoop
-from native_stack import compiler
+from native_stack import compilers
 from text_tokenizer import ByteTokenizer
 
 
@@ -21,7 +21,7 @@ def model_with_norms():
     return model
 
 
-LOOPS = [DepthLoop, pytest.param(NativeDepthLoop, marks=pytest.mark.skipif(not compiler(), reason="no C++ compiler"))]
+LOOPS = [DepthLoop, pytest.param(NativeDepthLoop, marks=pytest.mark.skipif(not compilers(), reason="no C++ compiler"))]
 
 
 @pytest.mark.parametrize("make_loop", LOOPS)

@@ -16,6 +16,7 @@ from frames import Rows, Turn
 from generation import Sampling, Speaker
 from inference_model import InferenceModel
 from model_sizes import PRESETS, WITHOUT_ADDITIONS, CSMConfig, frame_cost, inference_memory, preset, training_memory
+from native_stack import NativeStack, compilers
 from transformer import KVCache, TransformerConfig
 
 
@@ -180,7 +181,7 @@ def test_the_arithmetic_of_a_frame_is_what_torch_counts(width, additions):
     config = tiny_config(backbone=stack, depth=stack, n_codebooks=8, codebook_size=64, **additions)
     model = CSM(config).eval()
     speaker, cache, C = (
-        Speaker(model, Sampling(temperature=0), torch.Generator()),
+        Speaker(InferenceModel(model, compiled=False), Sampling(temperature=0), torch.Generator()),
         CSMCache(model),
         max(1, config.acoustic_delay),
     )
@@ -257,6 +258,13 @@ def test_inference_memory_has_the_bytes_of_the_real_weights_and_caches():
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     assert memory.caches == sum(t.nbytes for t in tensors) + InferenceModel(model, compiled=False).depth.nbytes
     assert memory.total == memory.weights + memory.caches
+
+
+@pytest.mark.skipif(not compilers(), reason="there is no C++ compiler")
+def test_compiled_steps_hold_the_backbone_once_more():
+    model = CSM(preset("nano"))
+    caches = [inference_memory(model.config, 1000, compiled=compiled).caches for compiled in (False, True)]
+    assert caches[1] - caches[0] == NativeStack(model.backbone).nbytes
 
 
 def test_in_bf16_weights_and_caches_halve_but_the_memory_stays_fp32():

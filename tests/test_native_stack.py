@@ -6,14 +6,16 @@ import threading
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import native_stack
 from command_line import MissingRequirement
 from folded_stack import eight_bits
-from native_stack import NativeMatrix, NativeStack, compiler
+from inference_model import InferenceModel
+from native_stack import NativeMatrix, NativeStack, compilers
 from transformer import KVCache, KVCaches, Transformer, TransformerConfig
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers(), reason="there is no C++ compiler")
 SIZES = [
     {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "d_ff": 80},  # nothing a multiple of 64
     {"d_model": 128, "n_heads": 2, "n_kv_heads": 2, "d_ff": 256},
@@ -159,39 +161,68 @@ def test_threads_of_python_and_forked_processes_may_all_call_it():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"for fp32 and bf16 on a CPU, the model is of {dtype} on cpu"):
+        NativeStack(stack_of(SIZES[0], dtype))
+
+
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """Nothing is compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native_stack.library.cache_clear()
+    native_stack._found.cache_clear()
     yield tmp_path
-    native_stack.library.cache_clear()
+    native_stack._found.cache_clear()
 
 
 def test_it_is_compiled_once(anew, monkeypatch):
     native_stack.library()
     kept = list((anew / "cache").rglob("*"))
     assert [path.suffix for path in kept if path.is_file()] == [".so"] and len(kept) == 2
-    native_stack.library.cache_clear()
+    native_stack._found.cache_clear()
     monkeypatch.setattr(native_stack.subprocess, "run", lambda *a, **b: pytest.fail("compiled again"))
     assert native_stack.library()
 
 
-def test_where_the_cache_cannot_be_written_it_is_compiled_for_this_process(anew):
-    (anew / "cache").write_text("a file where the folder would be")
+def test_what_cannot_be_loaded_is_compiled_anew(anew):
+    path = native_stack._kept(native_stack.commands()[0])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF, and no more of it")
+    assert native_stack.library() and path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("homeless", [False, True])
+def test_where_nothing_can_be_kept_it_is_compiled_for_this_process(anew, monkeypatch, homeless):
+    if homeless:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(native_stack.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        (anew / "cache").write_text("a file where the folder would be")
     assert native_stack.library()
 
 
 def test_without_a_compiler_one_line_says_so(anew, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(MissingRequirement, match="needs a C\\+\\+ compiler, one of g"):
+    with pytest.raises(MissingRequirement, match=r"needs a C\+\+ compiler, one of g.*; go without: --no-compile"):
         native_stack.library()
+    with pytest.raises(MissingRequirement):
+        InferenceModel(tiny_model(), compiled=True)
+    assert not InferenceModel(tiny_model()).compiled
 
 
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(anew, monkeypatch):
+def test_a_compiler_that_fails_is_named_and_asked_once(anew, monkeypatch):
     source = anew / "native_step.cpp"
     source.write_text("this is no C++")
     monkeypatch.setattr(native_stack, "SOURCE", source)
-    with pytest.raises(MissingRequirement, match=r"cannot compile native_step.cpp .*error"):
-        native_stack.library()
+    for _ in range(2):
+        with pytest.raises(MissingRequirement, match=r"cannot compile native_step.cpp for this machine .*error"):
+            native_stack.library()
+        monkeypatch.setattr(native_stack.subprocess, "run", lambda *a, **b: pytest.fail("compiled again"))
     assert not [path for path in (anew / "cache").rglob("*") if path.is_file()]
+
+
+def test_the_compiler_that_is_named_comes_first_and_others_after_it(anew, monkeypatch):
+    monkeypatch.setenv("CXX", "false --some flags")
+    assert compilers()[0] == ["false", "--some", "flags"] and len(compilers()) > 1
+    assert native_stack.library()
