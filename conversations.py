@@ -93,15 +93,18 @@ def read_clips(data_dir: Path, gains: dict[str, float]) -> Iterator[tuple[TurnRe
 
 
 def choose_clip(turns: list[TurnRecord], name: str, style: str | None = None) -> TurnRecord:
-    """A turn to show a voice by, of about `CLIP_SECONDS`. ValueError: no such voice, or none of its turns in the style.
+    """A turn to show a voice by, of about `CLIP_SECONDS`; in no named style a neutral one, if there is any.
 
-    `name` is a speaker's, with or without the source before the colon.
+    `name` is a speaker's, with or without the source before the colon. ValueError: no such voice, or none of its turns
+    in the style.
     """
     speakers = [composed(turn.speaker_id) for turn in turns]
     own = [t for t, s in zip(turns, speakers, strict=True) if composed(name) in (s, s.split(":")[-1])]
     if not own:
         raise ValueError(f"the collected data holds no voice {name!r}")
-    fitting = [turn for turn in own if style in (None, turn.style)]
+    fitting = [turn for turn in own if style == turn.style]
+    if style is None:
+        fitting = fitting or [turn for turn in own if turn.style == "neutral"] or own
     if not fitting:
         styles = sorted({turn.style or "no style" for turn in own})
         raise ValueError(f"{own[0].speaker_id} has no clip in the style {style!r}, but in: {', '.join(styles)}")

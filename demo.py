@@ -36,12 +36,13 @@ from command_line import (
     run,
 )
 from conversation_formats import SUMMARY
-from generation import SHIPPED, SPEAKING, Sampling, read_speaking
+from generation import SHIPPED, SPEAKING, VOICES, Sampling, read_speaking
 from mimi_tokenizer import HUB_NAME
 from ranks import pick_device, use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import CSM_1B, DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
+from turn_shards import ledgers
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
     "one-sentence": [(0, "Good morning, it is nice to hear from you.")],
@@ -103,7 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--raw_text", action="store_true", help="speak texts as written: no words for numbers, dates and the like")
 
     group = parser.add_argument_group("--mode interactive, --mode web")
-    group.add_argument("--data", type=Path, default=Path("data"), help="collected data, for its voices" + shown)
+    data_help = f"collected data, for its voices (default: data, if there, else {VOICES}/ of the checkpoint)"
+    group.add_argument("--data", type=Path, help=data_help)
     play = "play replies, where there are a sound device and the package sounddevice" + shown
     group.add_argument("--play", action=argparse.BooleanOptionalAction, default=True, help=play)
 
@@ -138,6 +140,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if not 0 <= args.port < 65536:
         parser.error("--port must be from 0 to 65535")
+    if args.data is None:
+        own = Path(args.checkpoint) / VOICES
+        args.data = own if ledgers(own) and not ledgers(Path("data")) else Path("data")
     if args.out is None:
         args.out = Path("runs/demo") if args.mode == "test" else Path("runs/demo") / args.mode
     if args.max_seconds is None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,15 +21,16 @@ from architecture import CSM, WEIGHTS_KIND, load_model
 from audio_tokenizer import AudioTokenizer
 from checkpointing import save_weights, write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, Several, run
-from generation import Sampling, Speaking, check_tokenizer, write_speaking
+from conversations import choose_clip
+from generation import VOICES, Sampling, Speaking, check_tokenizer, write_speaking
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
-from turn_shards import read_columns
+from turn_shards import Collection, read_columns, read_turns
 
 LICENCE = "Apache-2.0"
 
 
-def halved(module: torch.nn.Module, name: str, small: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def halved(module: torch.nn.Module, name: str, small: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors in float16, those named in `small` in float8 (e5m2). ValueError: one does not fit or is not there."""
     tensors = {key: t.half() if t.is_floating_point() else t for key, t in module.state_dict().items()}
     if unknown := sorted(set(small) - set(tensors)):
@@ -39,7 +41,7 @@ def halved(module: torch.nn.Module, name: str, small: Collection[str] = ()) -> d
     return {key: tensor.to(torch.float8_e5m2) if key in small else tensor for key, tensor in tensors.items()}
 
 
-def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking, small: Collection[str] = ()) -> None:
+def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking, small: Sequence[str] = ()) -> None:
     """Write both, and how to speak with them. ValueError: the tokenizer is not the model's, or Mimi."""
     check_tokenizer(model.config, tokenizer)
     if not isinstance(tokenizer, RVQTokenizer):
@@ -52,6 +54,25 @@ def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking,
     config = dataclasses.replace(model.config, audio_tokenizer=load_tokenizer(out / "tokenizer").fingerprint())
     save_weights(out, WEIGHTS_KIND, config.to_dict(), weights)
     write_speaking(out, speaking)
+
+
+def export_clips(data: Path, names: Sequence[str], out: Path) -> None:
+    """A clip of each of these voices in each of its styles, as collected data in `VOICES` under `out`.
+
+    ValueError: a voice is not there, or may not be passed on.
+    """
+    turns, folder = list(read_turns(data, with_audio=False)), out / VOICES
+    voices = [choose_clip(turns, name).speaker_id for name in names]
+    styles = {voice: sorted({turn.style or "" for turn in turns if turn.speaker_id == voice}) for voice in voices}
+    chosen = {choose_clip(turns, voice, style or None).utt_id for voice in voices for style in styles[voice]}
+    clips = [turn for turn in read_turns(data, with_audio=True) if turn.utt_id in chosen]
+    if kept := [turn for turn in clips if not turn.redistributable]:
+        raise ValueError(f"clips of {kept[0].speaker_id} may not be passed on (licence: {kept[0].license})")
+    alone = [dataclasses.replace(turn, conv_key=turn.utt_id, turn_index=0) for turn in clips]  # each at its own level
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    Collection(folder).commit("voices", "1", sorted(chosen), alone, [])
 
 
 def data_line(data: Path) -> str:
@@ -134,10 +155,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     ahead += "of it first, as a model of --joint 0 has learnt"
     add("--text_per_chunk", type=int, metavar="N", help=ahead)
+    voices = "clips of these voices of --data go with it: speakers 0, 1, ... sound like them unless told otherwise"
+    add("--voices", action=Several, default=[], metavar="NAME", help=voices)
     add("--notes", default="", metavar="TEXT", help="what it can, for the model card and for who speaks with it")
     args = parser.parse_args(argv)
     sampling = {"temperature": args.temperature, "codebooks": args.codebooks, "one_sentence": args.one_sentence}
-    speaking = Speaking(sampling, args.notes)
+    speaking = Speaking(sampling, args.notes, args.voices)
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.tokenizer)
     if args.text_per_chunk is not None:
         model.config = dataclasses.replace(model.config, text_per_chunk=args.text_per_chunk)
@@ -146,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         if given.resolve() == written.resolve():
             raise ValueError(f"--out {args.out} would overwrite {given}, which is read; choose another")
     card = model_card(model, args.checkpoint, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
+    if args.voices:
+        export_clips(args.data, args.voices, args.out)
     export(model, tokenizer, args.out, speaking, args.float8)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6

@@ -34,6 +34,7 @@ from text_tokenizer import TextTokenizer, clean_text, encode_turn, prompt_length
 
 COLDEST = 1e-3  # temperature that is told from 0: logits divided by less overflow
 SPEAKING = "speaking.json"  # beside the weights of a voice
+VOICES = "voices"  # beside them: a clip of each voice in each style, as collected data
 SHIPPED = Path("pretrained/nano")  # the voice of this repository, with its tokenizer
 
 
@@ -80,6 +81,9 @@ class Speaking(NamedTuple):
 
     sampling: dict  # fields of `Sampling` that it is best spoken with
     notes: str  # what it can, for who speaks with it
+    voices: Sequence[
+        str
+    ] = ()  # of its clips in `VOICES`: who speakers 0, 1, ... sound like, unless another is asked for
 
 
 def read_speaking(folder: Path | str) -> Speaking:
@@ -299,6 +303,11 @@ class Conversation:
         with self._whole_or_none(before):
             self._read(self.layout.turn_rows(turn, self.clock))
             self._keep(turn, before, speaker if pinned else None)
+
+    def has_spoken(self, speaker: int) -> bool:
+        """Whether a turn of the speaker is in the window."""
+        prompt = turn_prompt(self.text_tokenizer, speaker)
+        return any(turn.text_ids[: len(prompt)] == prompt for turn in self.turns)
 
     def unpin(self, speaker: int) -> None:
         """Let the turn that shows a speaker's voice leave the window as any other does."""

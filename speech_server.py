@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -42,11 +42,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audio import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, at_loudness, read_audio, to_pcm16
 from command_line import describe, exit_code_of
-from conversations import choose_clip, loudness_gains, read_clips
+from conversations import choose_clip
 from frames import Turn
 from generation import Conversation
 from speaking_together import Together
-from spoken_conversations import Engine, turns_of
+from spoken_conversations import Clip, Engine, turns_of
 from text_tokenizer import turn_text
 from turn_shards import composed, ledgers, read_turns
 
@@ -58,15 +58,8 @@ MOST_SAMPLES = MOST_SECONDS * 2 * 96_000
 MOST_AHEAD = 1.0  # s of sound that a listener has not heard yet
 MOST_TALKS = 8  # conversations kept, each with its keys and values; the silent one longest unused is forgotten
 MOST_VOICES = 50
-NO_VOICE = "none"  # the name of whatever voice the model draws
+NO_VOICE = "none"  # the name of the checkpoint's own voice, or of whatever voice the model draws
 MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "flac": "audio/flac", "mp3": "audio/mpeg"}
-
-
-class Clip(NamedTuple):
-    """What a voice sounds like."""
-
-    codes: torch.Tensor  # (T, K)
-    text: str
 
 
 class Strict(BaseModel):
@@ -94,14 +87,7 @@ def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
         return {}
     turns = list(read_turns(data, with_audio=False))
     chosen = [choose_clip(turns, name) for name in sorted({turn.speaker_id for turn in turns})[:MOST_VOICES]]
-    gains = loudness_gains(turns)
-    clips = {}
-    for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):
-        wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
-        with torch.inference_mode():
-            codes = engine.tokenizer.encode(wave.to(engine.device))[0].cpu()
-        clips[composed(turn.speaker_id).split(":")[-1]] = Clip(codes, turn.text)
-    return dict(sorted(clips.items()))
+    return {clip.name: clip for clip in sorted(engine.clips(data, chosen), key=lambda clip: clip.name)}
 
 
 class Busy(RuntimeError):
@@ -387,11 +373,13 @@ class Talks:
         return self.kept[name]
 
     def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
-        """A conversation in which the speaker was heard in that voice, or from now on in none. ValueError for one that
-        is not there; where no voice was collected every name means the model's own, as clients of OpenAI's endpoint
-        must name one."""
+        """A conversation in which the speaker was heard in that voice, or from now on in none; whose first turn it is
+        in none, sounds as the checkpoint has it. ValueError for one that is not there; where no voice was collected
+        every name means the model's own, as clients of OpenAI's endpoint must name one."""
         if voice == NO_VOICE:
             talk.unpin(speaker)
+        if not self.voices or voice in (None, "", NO_VOICE):
+            self.engine.introduce(talk, speaker)
         if self.voices and voice not in (None, "", NO_VOICE):
             voice = composed(voice)
             if voice not in self.voices:

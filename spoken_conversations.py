@@ -29,13 +29,15 @@ from audio_tokenizer import AudioTokenizer
 from checkpointing import file_digest, write_atomically
 from command_line import EXIT_INPUT, describe, end_with_parent, exit_code_of
 from conversation_formats import RESULT, SUMMARY
+from conversations import choose_clip, loudness_gains, read_clips
 from fine_tuning import find_weights
-from generation import Conversation, Reply, Sampling
+from generation import SPEAKING, VOICES, Conversation, Reply, Sampling, read_speaking
 from inference_model import InferenceModel
 from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
 from spoken_text import read_aloud, split_sentences, split_text
 from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
+from turn_shards import LEDGER, TurnRecord, composed, read_turns
 from weight_layouts import is_ours, load_published
 
 LONGEST_GAP = 600.0  # seconds between two turns that can be asked for
@@ -128,7 +130,12 @@ class Voice:
         model = load_published(path) if path.exists() and not is_ours(path) else load_model(path)
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
         inference = InferenceModel(model.to(device, DTYPES[self.dtype]), self.int8, self.compiled)
-        return Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
+        engine = Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
+        if not (names := read_speaking(self.checkpoint).voices):
+            return engine
+        turns = list(read_turns(Path(self.checkpoint) / VOICES, with_audio=False))
+        clips = engine.clips(Path(self.checkpoint) / VOICES, [choose_clip(turns, name) for name in names])
+        return engine._replace(own_clips=tuple(clips))
 
     def identity(self) -> dict:
         """What the results depend on beside the request: settings, and which weights lie there."""
@@ -141,16 +148,25 @@ class Voice:
 
 
 def files_of(weights: Path) -> list[Path]:
-    """What is read of weights: the file itself, or those of a folder that hold weights or their config."""
+    """What is read of weights: the file itself, or of a folder what holds weights, their config, or names clips."""
     if weights.is_file():
         return [weights]
-    return [file for kind in ("*.safetensors", "ckpt.pt", "config.json") for file in sorted(weights.glob(kind))]
+    kinds = ("*.safetensors", "ckpt.pt", "config.json", SPEAKING, f"{VOICES}/{LEDGER}")
+    return [file for kind in kinds for file in sorted(weights.glob(kind))]
 
 
 @functools.cache
 def digest_of(path: Path, size: int, time_ns: int) -> str:
     """Of a file as it was then: one that was written anew with the same content changes nothing."""
     return file_digest(path)
+
+
+class Clip(NamedTuple):
+    """What a voice sounds like."""
+
+    name: str
+    codes: torch.Tensor  # (T, K)
+    text: str
 
 
 class Engine(NamedTuple):
@@ -160,6 +176,7 @@ class Engine(NamedTuple):
     tokenizer: AudioTokenizer
     text_tokenizer: TextTokenizer
     voice: Voice
+    own_clips: tuple[Clip, ...] = ()  # of who speakers 0, 1, ... sound like, unless another voice is asked for
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +186,25 @@ class Engine(NamedTuple):
         """A new one; `changes` of the sampling."""
         sampling = dataclasses.replace(self.voice.sampling, **changes)
         return Conversation(self.model, self.tokenizer, self.text_tokenizer, sampling=sampling, seed=seed)
+
+    def clips(self, data: Path, chosen: list[TurnRecord]) -> list[Clip]:
+        """Of turns of collected data, in their order."""
+        gains = loudness_gains(read_turns(data, with_audio=False))
+        found = {}
+        for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):
+            wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
+            with torch.inference_mode():
+                codes = self.tokenizer.encode(wave.to(self.device))[0].cpu()
+            found[turn.utt_id] = Clip(composed(turn.speaker_id).split(":")[-1], codes, turn.text)
+        return [found[turn.utt_id] for turn in chosen]
+
+    def introduce(self, talk: Conversation, speaker: int) -> str | None:
+        """Let a speaker who has said nothing yet sound like the voice that is his here; its name, if there is one."""
+        if not self.own_clips or talk.has_spoken(speaker):
+            return None
+        clip = self.own_clips[speaker % len(self.own_clips)]
+        talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
+        return clip.name
 
     def warm_up(self) -> None:
         """One short turn, so that the first measured turn does not pay for first calls."""
@@ -262,7 +298,7 @@ def answer(request: Request, voice: Voice, engine: Callable[[], Engine], out: Pa
             talk.add_turn(int(speaker), clip["text"], samples=samples, pinned=True)
         with warnings.catch_warnings(record=True) as notices:
             warnings.simplefilter("always")
-            rows = speak_turns(talk, request.content["turns"], request.base, folder, voice.raw_text)
+            rows = speak_turns(loaded, talk, request.content["turns"], request.base, folder)
         result = {"turns": rows, "notices": [str(notice.message) for notice in notices]}
         write_atomically(folder / RESULT, (json.dumps({**want, **result}, indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
@@ -345,7 +381,7 @@ def speak_whole(
     )
 
 
-def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path, raw_text: bool = False) -> list[dict]:
+def speak_turns(engine: Engine, talk: Conversation, turns: list[dict], base: Path, folder: Path) -> list[dict]:
     """Take the turns, of the form `TURN`; writes a wav of each one spoken and `conversation.wav`, a row for each turn.
 
     ValueError or OSError names the turn that cannot be.
@@ -360,7 +396,8 @@ def speak_turns(talk: Conversation, turns: list[dict], base: Path, folder: Path,
                 samples = at_loudness(read_audio(base / turn["audio"])[0])
                 rows.append(hear(talk, turn, samples))
             else:
-                reply = speak_whole(talk, speaker, turn.get("text"), raw_text, gap)
+                engine.introduce(talk, speaker)
+                reply = speak_whole(talk, speaker, turn.get("text"), engine.voice.raw_text, gap)
                 samples = reply.samples
                 if len(samples):
                     write_wav(path, samples)

@@ -122,6 +122,9 @@ class Chat:
 
     def speak(self, speaker: int, text: str | None) -> None:
         """Say it, playing each chunk as it comes; Ctrl-C interrupts the speaker, not the program."""
+        if (name := self.engine.introduce(self.talk, speaker)) is not None:
+            self.voices[speaker] = name
+            self.say(f"speaker {speaker} sounds like {name}; /voice lists others")
         with StopSignals() as stop, self.player() as play:
 
             def hear(samples: np.ndarray) -> bool:

@@ -36,6 +36,7 @@ from checkpointing import file_digest, write_atomically
 from command_line import first_line
 
 SCHEMA_VERSION = 2  # 2: words and dnsmos_ovrl; shards of version 1 are read without them
+LEDGER = "shards.jsonl"
 PARTS = "part-*-of-*"  # folders in a collection that several processes filled
 MIN_S, MAX_S = 0.4, 30.0  # of a turn
 NAMELESS = "unknown"  # a speaker of whom nothing is known; two of them may be two people
@@ -202,7 +203,7 @@ class Collection:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.ledger = folder / "shards.jsonl"
+        self.ledger = folder / LEDGER
         cut_torn_line(self.ledger)
         self.entries = read_lines(self.ledger)
         for partial in [*folder.glob("turns/*/.tmp-*"), *folder.glob("turns/*/.*.partial")]:
@@ -371,9 +372,7 @@ def whole_shards(data_dir: Path) -> list[LedgerEntry]:
 
 def ledgers(data_dir: Path) -> list[Path]:
     """The ledger of a folder and those of its parts, each collected by a process of its own."""
-    return [
-        path for path in (data_dir / "shards.jsonl", *sorted(data_dir.glob(f"{PARTS}/shards.jsonl"))) if path.is_file()
-    ]
+    return [path for path in (data_dir / LEDGER, *sorted(data_dir.glob(f"{PARTS}/{LEDGER}"))) if path.is_file()]
 
 
 def read_ledger(data_dir: Path) -> list[LedgerEntry]:

@@ -1,5 +1,6 @@
 """A voice to pass on: half the size, loads everywhere, speaks as it says, and says where it comes from."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,9 @@ import demo
 import export_voice
 from architecture import load_model, save_model
 from command_line import EXIT_DONE, EXIT_INPUT, run
-from generation import SPEAKING, Sampling, check_tokenizer, read_speaking
+from generation import SPEAKING, VOICES, Sampling, check_tokenizer, read_speaking
 from rvq_tokenizer import load_tokenizer, save_tokenizer
+from turn_shards import read_turns
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_the_demo_speaks_as_the_voice_says_unless_told_otherwise(trained, tmp_pa
     flags = ["--checkpoint", str(out), "--temperature", "0", "--codebooks", "1", "--tokenizer", "elsewhere"]
     other = demo.voice_of(demo.parse_flags(flags))
     assert (other.sampling.codebooks, other.sampling.temperature, other.tokenizer) == (1, 0.0, "elsewhere")
-    assert read_speaking(tmp_path) == ({}, "")
+    assert read_speaking(tmp_path) == ({}, "", ())
     plain = demo.voice_of(demo.parse_flags(["--checkpoint", str(tmp_path)]))
     assert (plain.sampling.temperature, plain.sampling.codebooks) == (Sampling.temperature, None)
     (out / SPEAKING).write_text('{"loudness": 3}')
@@ -135,3 +137,48 @@ def test_what_cannot_be_exported_is_refused_in_one_line(trained, tmp_path, capsy
     assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_INPUT
     error = capsys.readouterr().err
     assert "float16" in error and error.count("\n") == 1
+
+
+def with_facts(monkeypatch, **facts):
+    """Let the collected turns have other facts."""
+    changed = lambda *given: [dataclasses.replace(turn, **facts) for turn in read_turns(*given)]  # noqa: E731
+    monkeypatch.setattr(export_voice, "read_turns", lambda data, with_audio: changed(data, with_audio))
+
+
+def test_a_voice_goes_with_its_clips_and_speaks_like_them(trained, tmp_path, monkeypatch):
+    with_facts(monkeypatch, redistributable=True)
+    out = tmp_path / "voice"
+    flags = [*trained, "--out", str(out), "--voices", "b", "a"]
+    for _ in range(2):  # the second one takes the place of the first
+        assert run(export_voice.main, flags) == EXIT_DONE
+    assert read_speaking(out).voices == ["b", "a"]
+    clips = list(read_turns(out / VOICES, with_audio=False))
+    assert {turn.speaker_id for turn in clips} == {"test:a", "test:b"}
+    monkeypatch.chdir(tmp_path)  # there is no data/ here
+    flags = demo.parse_flags(["--checkpoint", str(out)])
+    assert flags.data == out / VOICES
+    engine = demo.voice_of(flags).load()
+    assert [clip.name for clip in engine.own_clips] == ["b", "a"]
+    talk = engine.conversation(0, max_seconds=0.4)
+    assert [engine.introduce(talk, speaker) for speaker in (0, 1, 0, 2)] == ["b", "a", None, "b"]
+    assert sorted(talk.voices) == [0, 1, 2] and torch.equal(talk.voices[1].codes, engine.own_clips[1].codes)
+    requests = {"conversations": [{"id": "two", "turns": [{"speaker": 1, "text": "Hello."}]}]}
+    (tmp_path / "talks.json").write_text(json.dumps(requests))
+    said = []
+    for name in ("with", "without"):
+        if name == "without":
+            speaking = json.loads((out / SPEAKING).read_text())
+            (out / SPEAKING).write_text(json.dumps(speaking | {"voices": []}))
+        batch = ["--mode", "batch", "--input", "talks.json", "--checkpoint", str(out), "--out", "spoken"]
+        assert run(demo.main, [*batch, "--max_seconds", "0.4"]) == EXIT_DONE  # made anew: what it hangs on has changed
+        said.append((tmp_path / "spoken" / "two" / "conversation.wav").read_bytes())
+    assert said[0] != said[1]
+
+
+def test_clips_that_may_not_be_passed_on_stay(trained, tmp_path, capsys, monkeypatch):
+    with_facts(monkeypatch, redistributable=False, license="CC-BY-NC-4.0")
+    flags = [*trained, "--out", str(tmp_path / "voice"), "--voices", "a"]
+    assert run(export_voice.main, flags) == EXIT_INPUT
+    assert "may not be passed on (licence: CC-BY-NC-4.0)" in capsys.readouterr().err
+    assert not (tmp_path / "voice").exists()
+    assert run(export_voice.main, [*flags[:-1], "nobody"]) == EXIT_INPUT

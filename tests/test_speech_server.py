@@ -32,7 +32,7 @@ from audio import FRAME_SAMPLES, SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
 from command_line import EXIT_INPUT, run
 from generation import Sampling
 from speech_server import Studio, collected_voices, make_app
-from spoken_conversations import Voice, turns_of
+from spoken_conversations import Clip, Voice, turns_of
 
 SHORT = Sampling(max_seconds=0.6, max_text_ids=6)
 LONG = "This is a sentence of some length, which is spoken in several turns of one speaker. " * 5
@@ -176,7 +176,7 @@ def test_the_model_and_the_page_are_there(server):
 
 
 def test_a_voice_is_found_however_its_accents_are_written():
-    talk, clip = Mock(voices={}), speech_server.Clip(torch.zeros(1, 8), "Hello.")
+    talk, clip = Mock(voices={}), Clip("Am\u00e9lie", torch.zeros(1, 8), "Hello.")
     speech_server.Talks(None, {"Am\u00e9lie": clip}).with_voice(talk, 0, "Ame\u0301lie")
     talk.add_turn.assert_called_once()
 
