@@ -68,7 +68,8 @@ class NativeDepthLoop:
         self.model, c = model, model.config
         self.stack = NativeStack(model.depth, int8)
         scale = math.sqrt(c.depth.d_model) * model.depth.norm.weight
-        self.heads = [NativeMatrix((scale[:, None] * head[:, : c.codebook_size]).T, int8) for head in model.depth_heads]
+        heads = ((scale[:, None] * head[:, : c.codebook_size].float()).T for head in model.depth_heads)
+        self.heads = [NativeMatrix(head, self.stack.dtype) for head in heads]
         self.inputs = model.projection(model.audio_embedding.weight).float()  # (K A, E)
         self.turns = self.stack.turns(torch.arange(c.n_codebooks)[None])  # (1, K, d)
 

@@ -161,46 +161,45 @@ def _loaded(path: Path) -> Library:
 
 
 class NativeMatrix:
-    """(out, in) weights, of 8 bits if `int8`, in panels of outputs."""
+    """(out, in) weights as fp32, bf16 or numbers of 8 bits with a scale for each output, in panels of outputs."""
 
-    def __init__(self, weight: Tensor, int8: bool):
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         (out, inputs), lanes = weight.shape, library().lanes
         filled = out + -out % (4 * lanes)
         self.scales = None
-        if int8:
+        if dtype == torch.int8:
             weight, scale = eight_bits(weight)
             self.scales = torch.zeros(filled)
             self.scales[:out] = scale
-        if weight.dtype not in KINDS:
-            weight = weight.float()
-        n, groups = BESIDE[weight.dtype]
+        weight = weight.to(dtype)
+        n, groups = BESIDE[dtype]
         panels = weight.new_zeros(filled, inputs + -inputs % n)
         panels[:out, :inputs] = weight
         panels = panels.unflatten(1, (-1, n)).unflatten(0, (-1, 4 // groups, groups, lanes))
         self.weights = panels.permute(0, 4, 1, 3, 5, 2).contiguous()  # (panels, in / n, 4 / groups, lanes, n, groups)
         scales = None if self.scales is None else self.scales.data_ptr()
-        self.c = _Matrix(self.weights.data_ptr(), scales, out, inputs, KINDS[weight.dtype])
+        self.c = _Matrix(self.weights.data_ptr(), scales, out, inputs, KINDS[dtype])
 
     @property
     def nbytes(self) -> int:
         return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def _native(block: Block, int8: bool) -> tuple[NativeMatrix, ...]:
-    """The four matrices of a block with the scales of its norms folded in, and that of the queries."""
+def _native(block: Block, dtype: torch.dtype) -> tuple[NativeMatrix, ...]:
+    """The four matrices of a block with the scales of its norms folded in, and that of the queries; rounded last."""
     a, f, half = block.attention, block.feed_forward, 2 * library().lanes
     length = math.sqrt(block.attention_norm.weight.numel())  # of a vector whose mean square is 1
-    qkv = torch.cat((a.q_proj.weight * a.d_head**-0.5, a.k_proj.weight, a.v_proj.weight))
-    gate_up = torch.stack((f.gate_proj.weight, f.up_proj.weight))  # (2, d_ff, D)
+    qkv = torch.cat((a.q_proj.weight.float() * a.d_head**-0.5, a.k_proj.weight, a.v_proj.weight))
+    gate_up = torch.stack((f.gate_proj.weight.float(), f.up_proj.weight.float()))  # (2, d_ff, D)
     gate_up = F.pad(gate_up, (0, 0, 0, -gate_up.size(1) % half))
     gate_up = gate_up.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)  # half a panel of one, half of the other
     folded = (
         qkv * (length * block.attention_norm.weight),
-        a.o_proj.weight,
+        a.o_proj.weight.float(),
         gate_up * (length * block.feed_forward_norm.weight),
-        f.down_proj.weight,
+        f.down_proj.weight.float(),
     )
-    return tuple(NativeMatrix(weight, int8) for weight in folded)
+    return tuple(NativeMatrix(weight, dtype) for weight in folded)
 
 
 def takes(stack: Transformer) -> bool:
@@ -222,7 +221,8 @@ class NativeStack:
             found = f"{stack.norm.weight.dtype} on {stack.norm.weight.device}"
             raise ValueError(f"native steps are for fp32 and bf16 on a CPU, the model is of {found}")
         self.step, self.stack, self.config = library().step, stack, stack.config
-        self.matrices = [_native(block, int8) for block in stack.blocks]
+        self.dtype = torch.int8 if int8 else stack.norm.weight.dtype
+        self.matrices = [_native(block, self.dtype) for block in stack.blocks]
         self.blocks = (_Block * len(self.matrices))(*(_Block(*(m.c for m in four)) for four in self.matrices))
         c = stack.config
         sizes = c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_ff
@@ -242,7 +242,7 @@ class NativeStack:
         """Of one sequence or several each, all of which have so many rows to come."""
         found = []
         for cache in caches:
-            layer, row, head, position, _ = cache.both.stride()
+            layer, row, head, *_ = cache.both.stride()
             for index in range(cache.both.size(1)):
                 where = cache.both.data_ptr() + index * row * cache.both.element_size()
                 found.append(_Sequence(where, layer, head, cache.length, rows))

@@ -105,7 +105,7 @@ def test_weights_of_8_bits_are_the_nearest(sizes, out):
     assert ((rounded - weight).abs() <= scale[:, None] * 0.501).all()
     sequences = native.sequences([KVCache(native.config, 1, 1, x) for _ in x], 1)
     logits = native.run(
-        x, sequences, torch.zeros(1, 1, native.config.d_head), 0, 0, head=NativeMatrix(weight, int8=True)
+        x, sequences, torch.zeros(1, 1, native.config.d_head), 0, 0, head=NativeMatrix(weight, torch.int8)
     )
     torch.testing.assert_close(logits, rounded.T, atol=1e-3, rtol=1e-3)
 
