@@ -216,7 +216,7 @@ def measure(args: argparse.Namespace) -> dict:
     speed = bandwidth()
     codec = random_codec(args.seed)
     whole = {"ours": {}, "int8": {"int8": True}}
-    if not model.config.zero_end_of_turn:  # csm-1b has no place for a delay
+    if not PRESETS[args.model_size].zero_end_of_turn:  # csm-1b has no place for a delay
         whole |= {f"{n} acoustic frames at once": {"acoustic_delay": n} for n in (0, 8)}
     if args.eager:
         whole["eager"] = {"compiled": False}

@@ -31,6 +31,7 @@ from conversational_memory import MemoryStore
 from cross_attention import guidance_loss
 from frames import IGNORE, Clock, Rows, Turn, concatenate
 from generation import Sampling, Speaker
+from inference_model import InferenceModel
 from model_sizes import CSMConfig, preset
 from run_folder import describe_environment
 from transformer import TransformerConfig
@@ -418,7 +419,9 @@ def frame_seconds(seed: int, rounds: int = 5, n_frames: int = 24) -> dict[str, l
     """Seconds per frame of `nano` without a codec, the ways to generate by turns, one value per round."""
     torch.manual_seed(seed)
     ways = {"C=0": (0, 1), "C=4, one by one": (4, 1), "C=4, 4 at once": (4, 4), "C=8, 8 at once": (8, 8)}
-    models = {name: CSM(preset("nano", acoustic_delay=delay)).eval() for name, (delay, _) in ways.items()}
+    models = {
+        name: InferenceModel(CSM(preset("nano", acoustic_delay=delay)).eval()) for name, (delay, _) in ways.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, (_, at_once) in ways.items():
@@ -429,12 +432,12 @@ def frame_seconds(seed: int, rounds: int = 5, n_frames: int = 24) -> dict[str, l
     return seconds
 
 
-def generate_frames(model: CSM, at_once: int, n_frames: int) -> Tensor:
+def generate_frames(model: InferenceModel, at_once: int, n_frames: int) -> Tensor:
     """(n, K) frames after a short text, stage 2 for `at_once` frames in a pass."""
-    layout, cache, clock = model.config.layout, CSMCache(model), Clock()
+    layout, cache, clock = model.config.layout, CSMCache(model.model), Clock()
     speaker = Speaker(model, Sampling(), torch.Generator().manual_seed(0))
     clock.begin_turn()
-    hidden = model.hidden(layout.text_rows([BOS, TAG, *range(40, 70), EOS], 2, clock).batch(), cache=cache)[:, -1]
+    hidden = model.hidden(layout.text_rows([BOS, TAG, *range(40, 70), EOS], 2, clock).batch(), cache)[:, -1]
     whole, first, states = [], [], []
     for _ in range(n_frames):
         first.append(speaker.first_codes(hidden, may_end=False)[0])
@@ -444,7 +447,7 @@ def generate_frames(model: CSM, at_once: int, n_frames: int) -> Tensor:
             whole += list(codes)
             states = []
         waiting = [F.pad(codes, (0, layout.n_codebooks - len(codes))) for codes in first[len(whole) :]]
-        hidden = model.hidden(layout.audio_row(torch.stack([*whole, *waiting]), clock).batch(), cache=cache)[:, -1]
+        hidden = model.hidden(layout.audio_row(torch.stack([*whole, *waiting]), clock).batch(), cache)[:, -1]
     return torch.stack(whole)
 
 
