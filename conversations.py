@@ -92,6 +92,14 @@ def read_clips(data_dir: Path, gains: dict[str, float]) -> Iterator[tuple[TurnRe
     )
 
 
+def read_chosen(data_dir: Path, turns: Iterable[TurnRecord], chosen: Iterable[TurnRecord]) -> list[np.ndarray]:
+    """Samples (N,) at 24 kHz, loudness-normalised, of some of all `turns` of a collection, in their order."""
+    gains, chosen = loudness_gains(turns), list(chosen)
+    clips = read_clips(data_dir, {turn.utt_id: gains[turn.utt_id] for turn in chosen})
+    found = {turn.utt_id: samples for turn, samples in clips}
+    return [found[turn.utt_id] for turn in chosen]
+
+
 def choose_clip(turns: list[TurnRecord], name: str, style: str | None = None) -> TurnRecord:
     """A turn to show a voice by, of about `CLIP_SECONDS`; in no named style a neutral one, if there is any.
 

@@ -42,7 +42,6 @@ from ranks import pick_device, use_threads
 from run_folder import describe_environment, read_settings
 from spoken_conversations import CSM_1B, DTYPES, SCHEMA, Request, Voice, Worker, answer_all, read_requests
 from terminal_chat import Chat
-from turn_shards import ledgers
 
 TEST_CONVERSATIONS: dict[str, list[tuple[int, str]]] = {  # (speaker, text)
     "one-sentence": [(0, "Good morning, it is nice to hear from you.")],
@@ -104,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--raw_text", action="store_true", help="speak texts as written: no words for numbers, dates and the like")
 
     group = parser.add_argument_group("--mode interactive, --mode web")
-    data_help = f"collected data, for its voices (default: data, if there, else {VOICES}/ of the checkpoint)"
-    group.add_argument("--data", type=Path, help=data_help)
+    data_help = f"collected data, for its voices, beside those in {VOICES}/ of the checkpoint" + shown
+    group.add_argument("--data", type=Path, default=Path("data"), help=data_help)
     play = "play replies, where there are a sound device and the package sounddevice" + shown
     group.add_argument("--play", action=argparse.BooleanOptionalAction, default=True, help=play)
 
@@ -140,9 +139,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if not 0 <= args.port < 65536:
         parser.error("--port must be from 0 to 65535")
-    if args.data is None:
-        own = Path(args.checkpoint) / VOICES
-        args.data = own if ledgers(own) and not ledgers(Path("data")) else Path("data")
     if args.out is None:
         args.out = Path("runs/demo") if args.mode == "test" else Path("runs/demo") / args.mode
     if args.max_seconds is None:
@@ -157,7 +153,7 @@ def voice_of(args: argparse.Namespace) -> Voice:
     names = ("temperature", "top_k", "min_p", "codebooks", "max_seconds", "min_seconds")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = Sampling(**{**read_speaking(args.checkpoint).sampling, **given})
-    return Voice(
+    voice = Voice(
         args.checkpoint,
         args.tokenizer or tokenizer_of(args.checkpoint),
         args.device,
@@ -168,6 +164,8 @@ def voice_of(args: argparse.Namespace) -> Voice:
         args.raw_text,
         args.compile,
     )
+    voice.own_turns()  # what is wrong with them is told before anything is done
+    return voice
 
 
 def tokenizer_of(checkpoint: str) -> str:
@@ -289,7 +287,9 @@ def serve(args: argparse.Namespace) -> int:
         engine = voice_of(args).load()
         engine.warm_up()
         note_training(args.checkpoint)
-        voices = collected_voices(engine, args.data)
+        voices = {}
+        for folder in (Path(args.checkpoint) / VOICES, args.data):
+            voices |= collected_voices(engine, folder)
         with contextlib.closing(Studio(engine, args.speaking, args.waiting, args.threads)) as studio:
             hosts = (*LOCAL, *args.names) if args.host in LOCAL else ()
             app = make_app(engine, voices, studio, Path(args.checkpoint).name, hosts)

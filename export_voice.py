@@ -1,9 +1,10 @@
 """One folder to pass on, of a trained speech model and its tokenizer: python export_voice.py --out pretrained/nano
 
 Weights in half precision (float16), half the size; the tokenizer in `tokenizer/`; how to speak with it in
-`speaking.json`, which demo.py and evaluation_framework.py take their defaults from; a model card `README.md` with what
-the run itself wrote down: data, licences, settings, hardware, last figures. The rounded tokenizer is a tokenizer of its
-own, so its fingerprint is written into the model. Nothing is lost if it is stopped: run it again.
+`speaking.json`, which demo.py and evaluation_framework.py take their defaults from; with --voices clips of these, which
+its speakers sound like; a model card `README.md` with what the run itself wrote down: data, licences, settings,
+hardware, last figures. The rounded tokenizer is a tokenizer of its own, so its fingerprint is written into the model.
+Nothing is lost if it is stopped: run it again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from conversations import choose_clip
 from generation import VOICES, Sampling, Speaking, check_tokenizer, write_speaking
 from run_folder import read_metrics, read_settings
 from rvq_tokenizer import KIND, RVQTokenizer, load_tokenizer
-from turn_shards import Collection, read_columns, read_turns
+from turn_shards import Collection, TurnRecord, ledgers, read_columns, read_ledger, read_turns
 
 LICENCE = "Apache-2.0"
+CLIPS = "clips"  # the name of their source in the ledger
 
 
 def halved(module: torch.nn.Module, name: str, small: Sequence[str] = ()) -> dict[str, torch.Tensor]:
@@ -56,23 +58,38 @@ def export(model: CSM, tokenizer: AudioTokenizer, out: Path, speaking: Speaking,
     write_speaking(out, speaking)
 
 
-def export_clips(data: Path, names: Sequence[str], out: Path) -> None:
-    """A clip of each of these voices in each of its styles, as collected data in `VOICES` under `out`.
-
-    ValueError: a voice is not there, or may not be passed on.
-    """
-    turns, folder = list(read_turns(data, with_audio=False)), out / VOICES
-    voices = [choose_clip(turns, name).speaker_id for name in names]
-    styles = {voice: sorted({turn.style or "" for turn in turns if turn.speaker_id == voice}) for voice in voices}
-    chosen = {choose_clip(turns, voice, style or None).utt_id for voice in voices for style in styles[voice]}
+def clips_to_pass_on(data: Path, names: Sequence[str]) -> list[TurnRecord]:
+    """A clip of each of these voices in each of its styles. ValueError: one is not there, or may not be passed on."""
+    turns = list(read_turns(data, with_audio=False))
+    free, chosen = [turn for turn in turns if turn.redistributable], set()
+    for name in names:
+        voice = choose_clip(turns, name).speaker_id
+        own = [turn for turn in free if turn.speaker_id == voice]
+        if not own:
+            licences = sorted({turn.license for turn in turns if turn.speaker_id == voice})
+            raise ValueError(
+                f"no clip of {voice} is marked as redistributable (licence: {', '.join(licences)}; recordings of your "
+                "own never are), so none goes with the voice"
+            )
+        chosen |= {choose_clip(own, voice, style).utt_id for style in {turn.style for turn in own}}
     clips = [turn for turn in read_turns(data, with_audio=True) if turn.utt_id in chosen]
-    if kept := [turn for turn in clips if not turn.redistributable]:
-        raise ValueError(f"clips of {kept[0].speaker_id} may not be passed on (licence: {kept[0].license})")
-    alone = [dataclasses.replace(turn, conv_key=turn.utt_id, turn_index=0) for turn in clips]  # each at its own level
+    return [dataclasses.replace(turn, conv_key=turn.utt_id, turn_index=0) for turn in clips]  # each at its own level
+
+
+def write_clips(clips: Sequence[TurnRecord], out: Path) -> None:
+    """As collected data in `VOICES` under `out`, in place of those of an earlier export."""
+    folder = out / VOICES
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    Collection(folder).commit("voices", "1", sorted(chosen), alone, [])
+    if clips:
+        folder.mkdir(parents=True)
+        Collection(folder).commit(CLIPS, "1", sorted(turn.utt_id for turn in clips), list(clips), [])
+
+
+def check_clips_folder(folder: Path) -> None:
+    """ValueError unless it holds nothing but what an export wrote, if it is there."""
+    if folder.exists() and {entry.source for entry in (read_ledger(folder) if ledgers(folder) else ())} != {CLIPS}:
+        raise ValueError(f"{folder} holds what no export wrote, and would be replaced; choose another --out")
 
 
 def data_line(data: Path) -> str:
@@ -131,6 +148,15 @@ def model_card(model: CSM, checkpoint: Path, run_folder: Path, tokenizer: Path, 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def clips_part(clips: Sequence[TurnRecord]) -> str:
+    """The part of the model card on the clips that go with the voice."""
+    if not clips:
+        return ""
+    rows = sorted({(turn.speaker_id, turn.style or "", turn.license, turn.attribution) for turn in clips})
+    table = ["| voice | style | licence | by |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(["", f"## Clips of its voices, in `{VOICES}/`", "", *table, ""])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXIT_CODES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,9 +195,11 @@ def main(argv: list[str] | None = None) -> int:
         if given.resolve() == written.resolve():
             raise ValueError(f"--out {args.out} would overwrite {given}, which is read; choose another")
     card = model_card(model, args.checkpoint, args.run or args.checkpoint, args.tokenizer, args.data, speaking)
-    if args.voices:
-        export_clips(args.data, args.voices, args.out)
+    check_clips_folder(args.out / VOICES)
+    clips = clips_to_pass_on(args.data, args.voices) if args.voices else []
+    card += clips_part(clips)
     export(model, tokenizer, args.out, speaking, args.float8)
+    write_clips(clips, args.out)
     write_atomically(args.out / "README.md", card.encode())
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file()) / 1e6
     print(f"{args.out}: {size:.1f} MB; python demo.py --checkpoint {args.out}")

@@ -94,9 +94,11 @@ def read_speaking(folder: Path | str) -> Speaking:
     try:
         found = Speaking(**json.loads(path.read_text(encoding="utf-8")))
         Sampling(**found.sampling)
+        if isinstance(found.voices, str) or not all(isinstance(name, str) for name in found.voices):
+            raise ValueError(f"voices={found.voices!r} is no list of names")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say how to speak: {error}") from error
-    return found
+    return found._replace(voices=tuple(found.voices))
 
 
 def write_speaking(folder: Path, speaking: Speaking) -> None:
@@ -308,6 +310,11 @@ class Conversation:
         """Whether a turn of the speaker is in the window."""
         prompt = turn_prompt(self.text_tokenizer, speaker)
         return any(turn.text_ids[: len(prompt)] == prompt for turn in self.turns)
+
+    def pinned_rows(self, but: int | None = None) -> int:
+        """Rows of the window that show voices, without that of one speaker."""
+        pinned = [kept.turn for kept in self.kept if kept.voice_of not in (None, but)]
+        return sum(self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in pinned)
 
     def unpin(self, speaker: int) -> None:
         """Let the turn that shows a speaker's voice leave the window as any other does."""
@@ -579,7 +586,7 @@ class Conversation:
             self.restore(self.kept, *self.to_stand)
         limit, used = self.model.config.max_positions, self.clock.position
         lengths = [self.layout.turn_length(len(turn.text_ids), len(turn.codes)) for turn in self.turns]
-        pinned = sum(n for n, kept in zip(lengths, self.kept, strict=True) if kept.voice_of not in (None, voice_of))
+        pinned = self.pinned_rows(but=voice_of)
         if needed + pinned > limit:
             beside = f" beside {pinned} rows of voices" if pinned else ""
             raise ValueError(

@@ -85,8 +85,11 @@ class Library(NamedTuple):
 
 def compilers() -> list[list[str]]:
     """Commands of the C++ compilers of this machine, CXX before others."""
-    named = [shlex.split(os.environ.get("CXX", "")), *([name] for name in COMPILERS)]
-    return [command for command in named if command and shutil.which(command[0])]
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quote that does not end
+        named = []
+    return [command for command in (named, *([name] for name in COMPILERS)) if command and shutil.which(command[0])]
 
 
 def commands() -> list[list[str]]:

@@ -58,7 +58,8 @@ MOST_SAMPLES = MOST_SECONDS * 2 * 96_000
 MOST_AHEAD = 1.0  # s of sound that a listener has not heard yet
 MOST_TALKS = 8  # conversations kept, each with its keys and values; the silent one longest unused is forgotten
 MOST_VOICES = 50
-NO_VOICE = "none"  # the name of the checkpoint's own voice, or of whatever voice the model draws
+NO_VOICE = "none"  # the name of the voice that the checkpoint has for a speaker, or else of whatever the model draws
+OPENAI_VOICES = ["alloy", "ash", "ballad", "coral", "echo", "fable", "nova", "onyx", "sage", "shimmer", "verse"]
 MEDIA = {"wav": "audio/wav", "pcm": "audio/pcm", "flac": "audio/flac", "mp3": "audio/mpeg"}
 
 
@@ -87,7 +88,7 @@ def collected_voices(engine: Engine, data: Path) -> dict[str, Clip]:
         return {}
     turns = list(read_turns(data, with_audio=False))
     chosen = [choose_clip(turns, name) for name in sorted({turn.speaker_id for turn in turns})[:MOST_VOICES]]
-    return {clip.name: clip for clip in sorted(engine.clips(data, chosen), key=lambda clip: clip.name)}
+    return {clip.name: clip for clip in sorted(engine.clips(data, turns, chosen), key=lambda clip: clip.name)}
 
 
 class Busy(RuntimeError):
@@ -373,20 +374,24 @@ class Talks:
         return self.kept[name]
 
     def with_voice(self, talk: Conversation, speaker: int, voice: str | None) -> Conversation:
-        """A conversation in which the speaker was heard in that voice, or from now on in none; whose first turn it is
-        in none, sounds as the checkpoint has it. ValueError for one that is not there; where no voice was collected
-        every name means the model's own, as clients of OpenAI's endpoint must name one."""
-        if voice == NO_VOICE:
-            talk.unpin(speaker)
-        if not self.voices or voice in (None, "", NO_VOICE):
+        """A conversation in which the speaker was heard in that voice; in none, as the checkpoint has it. ValueError
+        for one that is not there; where there are no others, and of the names that clients of OpenAI's endpoint must
+        take one of, every name means none."""
+        voice = composed(voice or "")
+        if not voice:
             self.engine.introduce(talk, speaker)
-        if self.voices and voice not in (None, "", NO_VOICE):
-            voice = composed(voice)
-            if voice not in self.voices:
-                raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
-            clip, heard = self.voices[voice], talk.voices.get(speaker)
-            if heard is None or not torch.equal(heard.codes, clip.codes.to(heard.codes)):
-                talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
+            return talk
+        if not self.voices or (voice in OPENAI_VOICES and voice not in self.voices):
+            voice = NO_VOICE
+        if voice != NO_VOICE and voice not in self.voices:
+            raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
+        clip, heard = self.voices.get(voice), talk.voices.get(speaker)
+        if voice == NO_VOICE:
+            clip = self.engine.own_clip(speaker)
+        if clip is None:
+            talk.unpin(speaker)
+        elif heard is None or not torch.equal(heard.codes, clip.codes.to(heard.codes)):
+            talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
         return talk
 
 

@@ -29,7 +29,7 @@ from audio_tokenizer import AudioTokenizer
 from checkpointing import file_digest, write_atomically
 from command_line import EXIT_INPUT, describe, end_with_parent, exit_code_of
 from conversation_formats import RESULT, SUMMARY
-from conversations import choose_clip, loudness_gains, read_clips
+from conversations import choose_clip, read_chosen
 from fine_tuning import find_weights
 from generation import SPEAKING, VOICES, Conversation, Reply, Sampling, read_speaking
 from inference_model import InferenceModel
@@ -37,7 +37,7 @@ from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
 from spoken_text import read_aloud, split_sentences, split_text
 from text_tokenizer import TextTokenizer, clean_text, load_text_tokenizer
-from turn_shards import LEDGER, TurnRecord, composed, read_turns
+from turn_shards import TurnRecord, composed, read_turns
 from weight_layouts import is_ours, load_published
 
 LONGEST_GAP = 600.0  # seconds between two turns that can be asked for
@@ -131,11 +131,22 @@ class Voice:
         text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
         inference = InferenceModel(model.to(device, DTYPES[self.dtype]), self.int8, self.compiled)
         engine = Engine(inference, load_tokenizer(self.tokenizer, str(device)), text_tokenizer, self)
-        if not (names := read_speaking(self.checkpoint).voices):
-            return engine
-        turns = list(read_turns(Path(self.checkpoint) / VOICES, with_audio=False))
-        clips = engine.clips(Path(self.checkpoint) / VOICES, [choose_clip(turns, name) for name in names])
+        own, chosen = self.own_turns()
+        clips = engine.clips(Path(self.checkpoint) / VOICES, own, chosen) if chosen else []
         return engine._replace(own_clips=tuple(clips))
+
+    def own_turns(self) -> tuple[list[TurnRecord], list[TurnRecord]]:
+        """The clips beside the weights, and those of them that speakers 0, 1, ... sound like. ValueError: they are not
+        as the weights say."""
+        folder, names = Path(self.checkpoint) / VOICES, read_speaking(self.checkpoint).voices
+        if not names:
+            return [], []
+        try:
+            turns = list(read_turns(folder, with_audio=False))
+            return turns, [choose_clip(turns, name) for name in names]
+        except (OSError, ValueError) as error:
+            lacks = f"{folder} lacks clips that {SPEAKING} beside it names ({describe(error)})"
+            raise ValueError(f"{lacks}; copy or export the voice anew") from error
 
     def identity(self) -> dict:
         """What the results depend on beside the request: settings, and which weights lie there."""
@@ -144,15 +155,14 @@ class Voice:
             for file in files_of(Path(getattr(self, name))):
                 now = file.stat()
                 facts[f"{name}/{file.name}"] = digest_of(file, now.st_size, now.st_mtime_ns)
-        return facts
+        return facts | {"clips": [turn.pcm_sha256 for turn in self.own_turns()[1]]}
 
 
 def files_of(weights: Path) -> list[Path]:
-    """What is read of weights: the file itself, or of a folder what holds weights, their config, or names clips."""
+    """What is read of weights: the file itself, or those of a folder that hold weights or their config."""
     if weights.is_file():
         return [weights]
-    kinds = ("*.safetensors", "ckpt.pt", "config.json", SPEAKING, f"{VOICES}/{LEDGER}")
-    return [file for kind in kinds for file in sorted(weights.glob(kind))]
+    return [file for kind in ("*.safetensors", "ckpt.pt", "config.json") for file in sorted(weights.glob(kind))]
 
 
 @functools.cache
@@ -187,22 +197,26 @@ class Engine(NamedTuple):
         sampling = dataclasses.replace(self.voice.sampling, **changes)
         return Conversation(self.model, self.tokenizer, self.text_tokenizer, sampling=sampling, seed=seed)
 
-    def clips(self, data: Path, chosen: list[TurnRecord]) -> list[Clip]:
-        """Of turns of collected data, in their order."""
-        gains = loudness_gains(read_turns(data, with_audio=False))
-        found = {}
-        for turn, samples in read_clips(data, {turn.utt_id: gains[turn.utt_id] for turn in chosen}):
+    def clips(self, data: Path, turns: list[TurnRecord], chosen: list[TurnRecord]) -> list[Clip]:
+        """Of some of all `turns` of collected data."""
+        found = []
+        for turn, samples in zip(chosen, read_chosen(data, turns, chosen), strict=True):
             wave = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))[None]
             with torch.inference_mode():
                 codes = self.tokenizer.encode(wave.to(self.device))[0].cpu()
-            found[turn.utt_id] = Clip(composed(turn.speaker_id).split(":")[-1], codes, turn.text)
-        return [found[turn.utt_id] for turn in chosen]
+            found.append(Clip(composed(turn.speaker_id).split(":")[-1], codes, turn.text))
+        return found
+
+    def own_clip(self, speaker: int) -> Clip | None:
+        """What the speaker sounds like unless another voice is asked for; None: whatever the model draws."""
+        return self.own_clips[speaker % len(self.own_clips)] if self.own_clips else None
 
     def introduce(self, talk: Conversation, speaker: int) -> str | None:
-        """Let a speaker who has said nothing yet sound like the voice that is his here; its name, if there is one."""
-        if not self.own_clips or talk.has_spoken(speaker):
+        """Let a speaker who is not in the window sound like his `own_clip`; its name, if there is one and there is
+        room: such clips take about half of the window at most."""
+        clip = self.own_clip(speaker)
+        if clip is None or talk.has_spoken(speaker) or 2 * talk.pinned_rows() > talk.model.config.max_positions:
             return None
-        clip = self.own_clips[speaker % len(self.own_clips)]
         talk.add_turn(speaker, clip.text, codes=clip.codes, pinned=True)
         return clip.name
 

@@ -7,6 +7,7 @@ package sounddevice are.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ import numpy as np
 from audio import SAMPLE_RATE, at_loudness, read_audio, write_wav
 from command_line import EXIT_DONE, EXIT_SIGTERM, MissingRequirement, StopSignals, describe, exit_code_of
 from conversation_state import load_conversation, load_notes, save_conversation
-from conversations import choose_clip, loudness_gains, read_clips
-from generation import Conversation, Reply
+from conversations import choose_clip, read_chosen
+from generation import VOICES, Conversation, Reply
 from spoken_conversations import Engine, speak_whole
 from text_tokenizer import turn_text
-from turn_shards import TurnRecord, read_turns
+from turn_shards import TurnRecord, ledgers, read_turns
 
 HELP = """\
   TEXT                 the current speaker says it; "1: TEXT" makes speaker 1 the current one
@@ -71,7 +72,7 @@ class Chat:
         self.number = max((int(number) for number in numbers if number.isdecimal()), default=0)
         self.voices: dict[int, str] = {}  # speaker -> name; their clips are the pinned turns of `talk`
         self.device = sound_device("output") if play else None
-        self.records: list[TurnRecord] | None = None  # of the collected data, read when they are asked for
+        self.records: dict[Path, list[TurnRecord]] | None = None  # of collected data, read when they are asked for
         self.exit_code = EXIT_DONE
         self.talk = engine.conversation(self.seed)
         if play and self.device is None:
@@ -122,9 +123,7 @@ class Chat:
 
     def speak(self, speaker: int, text: str | None) -> None:
         """Say it, playing each chunk as it comes; Ctrl-C interrupts the speaker, not the program."""
-        if (name := self.engine.introduce(self.talk, speaker)) is not None:
-            self.voices[speaker] = name
-            self.say(f"speaker {speaker} sounds like {name}; /voice lists others")
+        self.introduce(speaker)
         with StopSignals() as stop, self.player() as play:
 
             def hear(samples: np.ndarray) -> bool:
@@ -218,6 +217,7 @@ class Chat:
             self.use_voice(*self.find_voice(name, style or None))
 
     def do_style(self, rest: str) -> None:
+        self.introduce(self.speaker)
         if self.speaker not in self.voices or not rest:
             raise ValueError("/style STYLE needs a voice of the collected data first: /voice NAME")
         self.use_voice(*self.find_voice(self.voices[self.speaker], rest))
@@ -250,34 +250,45 @@ class Chat:
 
     # ---- voices ------------------------------------------------------------------------------------------------------
 
+    def introduce(self, speaker: int) -> None:
+        """Let a speaker who has said nothing yet sound as the checkpoint has it, if it has a voice for him."""
+        if (name := self.engine.introduce(self.talk, speaker)) is not None:
+            self.voices[speaker] = name
+            self.say(f"speaker {speaker} sounds like {name}; /voice lists others")
+
     def use_voice(self, name: str, samples: np.ndarray, text: str) -> None:
         """Let the current speaker sound like a clip from now on."""
         self.talk.add_turn(self.speaker, text, samples=samples, pinned=True)
         self.voices[self.speaker] = name
         self.say(f"speaker {self.speaker} sounds like {name}: {text}")
 
-    def collected(self) -> list[TurnRecord]:
-        """All turns of the collected data, without their bytes."""
+    def collected(self) -> dict[Path, list[TurnRecord]]:
+        """All turns of the collected data, and of the clips beside the weights, without their bytes."""
         if self.records is None:
-            self.records = list(read_turns(self.data, with_audio=False))
+            own = Path(self.engine.voice.checkpoint) / VOICES
+            folders = [folder for folder in (self.data, own) if ledgers(folder)] or [self.data]
+            self.records = {folder: list(read_turns(folder, with_audio=False)) for folder in folders}
         return self.records
 
     def list_voices(self) -> None:
         styles: dict[str, set[str]] = {}
-        for record in self.collected():
+        for record in itertools.chain(*self.collected().values()):
             styles.setdefault(record.speaker_id, set()).add(record.style or "no style")
         for name, found in sorted(styles.items()):
             self.say(f"  {name}: {', '.join(sorted(found))}")
 
     def find_voice(self, name: str, style: str | None) -> tuple[str, np.ndarray, str]:
         """A clip of a collected voice: its whole name, samples and text."""
-        try:
-            chosen = choose_clip(self.collected(), name, style)
-        except ValueError as error:
-            raise ValueError(f"{error}; /voice lists the voices, or give a file") from error
-        gain = loudness_gains(self.collected())[chosen.utt_id]
-        (record, samples), *_ = read_clips(self.data, {chosen.utt_id: gain})
-        return record.speaker_id, samples, record.text
+        problems = []
+        for folder, turns in self.collected().items():
+            try:
+                chosen = choose_clip(turns, name, style)
+            except ValueError as error:
+                problems.append(error)
+                continue
+            (samples,) = read_chosen(folder, turns, [chosen])
+            return chosen.speaker_id, samples, chosen.text
+        raise ValueError(f"{problems[-1]}; /voice lists the voices, or give a file")
 
 
 def whole_number(text: str, command: str) -> int:

@@ -88,6 +88,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         kind = boolean if isinstance(default, bool) else {"type": type(default), "metavar": type(default).__name__}
         settings.add_argument(f"--{name}", help=f"{text} (default: {default})", **kind)
     args = parser.parse_args(argv)
+    if args.other_codes and not args.init_from:
+        parser.error("--other_codes is of the weights of --init_from; give both")
     args.out = args.out or Path("runs") / (args.model_size if not args.init_from else "fine_tuned")
     own = Path(args.init_from) / "tokenizer"
     args.tokenizer = args.tokenizer or (own if args.init_from and own.is_dir() else TOKENIZER)

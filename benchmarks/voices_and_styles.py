@@ -59,7 +59,7 @@ class Listener:
         self.voices = {speaker: np.mean(own, axis=0) for speaker, own in voices.items()}
         self.styles = {key: np.mean(own, axis=0) for key, own in styles.items()}
         within = np.concatenate([np.array(own) - self.styles[key] for key, own in styles.items()])
-        self.precision = np.linalg.inv(np.cov(within.T))
+        self.precision = np.linalg.pinv(np.cov(within.T))
 
     def voice(self, samples: np.ndarray) -> str:
         own = self.encoder.embed(samples)
@@ -67,6 +67,8 @@ class Listener:
 
     def style(self, speaker: str, samples: np.ndarray, text: str) -> str:
         own = features(prosody_of(samples, text))
+        if speaker not in self.voices:
+            raise NotMeasurable("no turn of the speaker was learnt")
         known = {style: own - mean for (who, style), mean in self.styles.items() if who == speaker}
         return min(known, key=lambda style: known[style] @ self.precision @ known[style])
 
@@ -77,6 +79,8 @@ def told(listener: Listener, turns: Sequence[tuple[str, Heard]], seed: int) -> d
     without: dict[str, Counter[str]] = defaultdict(Counter)
     for conversation, (speaker, style, samples, text) in turns:
         try:
+            if speaker not in listener.voices:
+                raise NotMeasurable("no turn of the speaker was learnt")
             right["voice"].append(Item(conversation, float(listener.voice(samples) == speaker)))
         except NotMeasurable as reason:
             without["voice"][str(reason)] += 1

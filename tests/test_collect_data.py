@@ -720,6 +720,20 @@ def test_numbers_are_read_by_the_voice_named(tmp_path):
     assert {(turn.speaker_id, turn.license) for turn in turns} == {("synthetic:adam", "CC0-1.0")}
 
 
+def test_every_group_of_sentences_is_read_in_one_style(tmp_path):
+    found = []
+    for name in ("one", "other"):
+        out = tmp_path / name
+        flags = ["--sources", "numbers", "--voices", "adam", "--workers", "1", "--target_hours", "0.02"]
+        assert run(main, [*flags, "--styles", "calm", "excited", "--out", str(out)]) == EXIT_DONE
+        styles = collections.defaultdict(set)
+        for turn in read_turns(out, with_audio=False):
+            styles[turn.conv_key].add(turn.style)
+        assert all(len(of_group) == 1 for of_group in styles.values())
+        found.append(styles)
+    assert set.union(*found[0].values()) == {"calm", "excited"} and found[0] == found[1]
+
+
 def test_questions_are_asked_by_others_and_answered_by_the_first_voice(tmp_path):
     out = tmp_path / "out"
     flags = ["--sources", "questions", "--voices", "bruno", "adam", "--workers", "1", "--target_hours", "0.005"]

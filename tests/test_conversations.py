@@ -10,6 +10,7 @@ from audio import loudness_lufs, read_audio
 from conversations import (
     SPLITS,
     build_conversations,
+    choose_clip,
     load_clips,
     loudness_gains,
     speakers_in_several_splits,
@@ -115,3 +116,14 @@ def test_voices_that_are_in_several_splits_are_found():
     assert speakers_in_several_splits(build_conversations(turns)) == {}
     turns.append(turn_record(names["test"], 0, "known", "no", samples))
     assert speakers_in_several_splits(build_conversations(turns)) == {"test": {"test:known"}}
+
+
+def test_the_clip_of_a_voice_is_neutral_unless_a_style_is_asked_for():
+    lengths = {"sad": 5.0, "neutral": 2.0, None: 1.0}
+    turns = [turn_record("t", i, "a", "aa", voice(n, 120), style=style) for i, (style, n) in enumerate(lengths.items())]
+    for style in lengths:
+        assert choose_clip(turns, "a", style).style == style
+    assert choose_clip([turn for turn in turns if turn.style], "a").style == "neutral"
+    assert choose_clip(turns[:1], "test:a").style == "sad"
+    with pytest.raises(ValueError, match="test:a has no clip in the style 'calm', but in: neutral, no style, sad"):
+        choose_clip(turns, "a", "calm")

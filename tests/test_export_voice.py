@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,13 +153,12 @@ def test_a_voice_goes_with_its_clips_and_speaks_like_them(trained, tmp_path, mon
     flags = [*trained, "--out", str(out), "--voices", "b", "a"]
     for _ in range(2):  # the second one takes the place of the first
         assert run(export_voice.main, flags) == EXIT_DONE
-    assert read_speaking(out).voices == ["b", "a"]
+    assert read_speaking(out).voices == ("b", "a")
     clips = list(read_turns(out / VOICES, with_audio=False))
     assert {turn.speaker_id for turn in clips} == {"test:a", "test:b"}
     monkeypatch.chdir(tmp_path)  # there is no data/ here
-    flags = demo.parse_flags(["--checkpoint", str(out)])
-    assert flags.data == out / VOICES
-    engine = demo.voice_of(flags).load()
+    assert "| test:a |" in (out / "README.md").read_text()
+    engine = demo.voice_of(demo.parse_flags(["--checkpoint", str(out)])).load()
     assert [clip.name for clip in engine.own_clips] == ["b", "a"]
     talk = engine.conversation(0, max_seconds=0.4)
     assert [engine.introduce(talk, speaker) for speaker in (0, 1, 0, 2)] == ["b", "a", None, "b"]
@@ -175,10 +176,48 @@ def test_a_voice_goes_with_its_clips_and_speaks_like_them(trained, tmp_path, mon
     assert said[0] != said[1]
 
 
-def test_clips_that_may_not_be_passed_on_stay(trained, tmp_path, capsys, monkeypatch):
-    with_facts(monkeypatch, redistributable=False, license="CC-BY-NC-4.0")
+def test_only_clips_that_may_be_passed_on_go_with_it(trained, tmp_path, capsys, monkeypatch):
     flags = [*trained, "--out", str(tmp_path / "voice"), "--voices", "a"]
     assert run(export_voice.main, flags) == EXIT_INPUT
-    assert "may not be passed on (licence: CC-BY-NC-4.0)" in capsys.readouterr().err
+    assert "no clip of test:a is marked as redistributable (licence: CC0-1.0" in capsys.readouterr().err
     assert not (tmp_path / "voice").exists()
     assert run(export_voice.main, [*flags[:-1], "nobody"]) == EXIT_INPUT
+    everything = list(read_turns(Path(trained[-1]), with_audio=True))
+    free = next(turn.utt_id for turn in everything if turn.speaker_id == "test:a")
+    marked = [dataclasses.replace(turn, redistributable=turn.utt_id == free) for turn in everything]
+    monkeypatch.setattr(export_voice, "read_turns", lambda data, with_audio: marked)
+    assert run(export_voice.main, flags) == EXIT_DONE
+    monkeypatch.undo()
+    assert [turn.utt_id for turn in read_turns(tmp_path / "voice" / VOICES, with_audio=False)] == [free]
+
+
+def test_clips_of_an_earlier_export_go_and_what_else_lies_there_stays(trained, tmp_path, capsys, monkeypatch):
+    with_facts(monkeypatch, redistributable=True)
+    out = tmp_path / "voice"
+    assert run(export_voice.main, [*trained, "--out", str(out), "--voices", "a"]) == EXIT_DONE
+    (tmp_path / "wrong").mkdir()
+    assert run(export_voice.main, [*trained, "--out", str(out), "--voices", "b", "--tokenizer", "wrong"]) == EXIT_INPUT
+    demo.voice_of(demo.parse_flags(["--checkpoint", str(out)])).load()  # whole, as before
+    assert run(export_voice.main, [*trained, "--out", str(out)]) == EXIT_DONE
+    assert not (out / VOICES).exists()
+    (out / VOICES).mkdir()
+    (out / VOICES / "mine.wav").write_bytes(b"precious")
+    capsys.readouterr()
+    assert run(export_voice.main, [*trained, "--out", str(out), "--voices", "a"]) == EXIT_INPUT
+    assert "holds what no export wrote" in capsys.readouterr().err and (out / VOICES / "mine.wav").is_file()
+
+
+@pytest.mark.parametrize("damage", ["gone", "another", "no name"])
+def test_clips_that_are_not_as_the_weights_say_are_told(trained, tmp_path, capsys, monkeypatch, damage):
+    with_facts(monkeypatch, redistributable=True)
+    out = tmp_path / "voice"
+    assert run(export_voice.main, [*trained, "--out", str(out), "--voices", "a"]) == EXIT_DONE
+    speaking = json.loads((out / SPEAKING).read_text())
+    if damage == "gone":
+        shutil.rmtree(out / VOICES)
+    else:
+        (out / SPEAKING).write_text(json.dumps(speaking | {"voices": ["nobody"] if damage == "another" else 5}))
+    assert run(demo.main, ["--mode", "test", "--checkpoint", str(out), "--out", str(tmp_path / "said")]) == EXIT_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("does not say how to speak" if damage == "no name" else "lacks clips that speaking.json beside it") in error

@@ -30,9 +30,11 @@ import speech_server
 from architecture import save_model
 from audio import FRAME_SAMPLES, SAMPLE_RATE, encode_pcm16, read_audio, to_pcm16
 from command_line import EXIT_INPUT, run
+from conversations import choose_clip
 from generation import Sampling
 from speech_server import Studio, collected_voices, make_app
 from spoken_conversations import Clip, Voice, turns_of
+from turn_shards import read_turns
 
 SHORT = Sampling(max_seconds=0.6, max_text_ids=6)
 LONG = "This is a sentence of some length, which is spoken in several turns of one speaker. " * 5
@@ -164,6 +166,34 @@ def test_without_collected_voices_any_name_means_the_models_own(engine):
             "POST", "/v1/audio/speech", {"input": "Hello.", "voice": "alloy", "response_format": "pcm"}
         )
         assert status == 200 and close_to(samples_of(content), running.alone("Hello."))
+
+
+def test_speakers_sound_as_the_checkpoint_has_it_until_another_voice_is_asked_for(engine, shared_data):
+    """As the page asks, with a voice each time; "none" brings the first one back."""
+    turns = list(read_turns(shared_data, with_audio=False))
+    a, b = engine.clips(shared_data, turns, [choose_clip(turns, name) for name in "ab"])
+    own = engine._replace(own_clips=(a, b))
+    talks, talk = speech_server.Talks(own, {"b": b}), own.conversation(0)
+    for speaker, name, expected in (
+        (0, "none", a),
+        (0, "none", a),
+        (0, "b", b),
+        (0, "", b),
+        (0, "none", a),
+        (1, "alloy", b),
+        (2, "", a),
+    ):
+        before = len(talk.turns)
+        talks.with_voice(talk, speaker, name)
+        assert torch.equal(talk.voices[speaker].codes, expected.codes)
+        assert len(talk.turns) <= before + 1
+    assert len(talk.turns) == 5  # none was pinned twice in a row
+    with pytest.raises(ValueError, match="no voice 'bela'; the voices: none, b"):
+        talks.with_voice(talk, 0, "bela")
+    few = engine.conversation(0, max_seconds=0.4)  # its window holds only so many clips
+    names = [own.introduce(few, speaker) for speaker in range(20)]
+    assert names[:2] == ["a", "b"] and names[-1] is None
+    assert len(few.speak(19, "Hello.").codes)
 
 
 def test_the_model_and_the_page_are_there(server):

@@ -10,11 +10,13 @@ from conftest import full_model, voice
 from audio import SAMPLE_RATE, write_wav
 from command_line import EXIT_DONE
 from conversation_state import load_conversation, save_conversation
+from conversations import choose_clip
 from generation import Sampling
 from inference_model import InferenceModel
 from spoken_conversations import Engine, Voice
 from terminal_chat import Chat
 from text_tokenizer import ByteTokenizer
+from turn_shards import read_turns
 
 TEXT = ByteTokenizer()
 SHORT = Sampling(max_seconds=0.5, min_seconds=0.5, max_text_ids=6)
@@ -177,3 +179,18 @@ def test_a_file_without_notes_leaves_speaker_and_seed(chat, tmp_path):
     assert (talk.speaker, talk.seed, talk.voices) == (1, 4, {})
     parts = talk.engine.model, talk.engine.tokenizer, TEXT
     assert len(load_conversation(tmp_path / "talk", *parts).turns) == 1
+
+
+def test_speakers_sound_as_the_checkpoint_has_it_and_take_its_styles(chat, shared_data):
+    talk, said = chat()
+    turns = list(read_turns(shared_data, with_audio=False))
+    clips = talk.engine.clips(shared_data, turns, [choose_clip(turns, name) for name in "ba"])
+    talk.engine = talk.engine._replace(own_clips=tuple(clips))
+    talk.run(iter(["Hello.", "1: And you?", "Fine.", "2: /style sad"]))
+    assert [line for line in said if "sounds like" in line] == [
+        "speaker 0 sounds like b; /voice lists others",
+        "speaker 1 sounds like a; /voice lists others",
+        "speaker 2 sounds like b; /voice lists others",
+    ]
+    assert said[-1].startswith("error: test:b has no clip in the style 'sad', but in: no style")
+    assert [talk.talk.voices[speaker].codes.tolist() for speaker in (0, 1)] == [clip.codes.tolist() for clip in clips]

@@ -102,7 +102,7 @@ def test_weights_trained_further_are_spoken_with_as_their_source_and_the_tokeniz
     assert run(train.main, flags(init_from=begin)) == EXIT_DONE
     out = tmp_path / "run"
     for folder in (out, out / "best"):
-        assert read_speaking(folder) == ({"codebooks": 2, "temperature": 0.0}, "")
+        assert read_speaking(folder) == ({"codebooks": 2, "temperature": 0.0}, "", ())
     command = f"python demo.py --checkpoint {out} --tokenizer {tokenizer_folder}\n"
     assert command in capsys.readouterr().out
     train.report(out, train.parse_flags([]).tokenizer)
