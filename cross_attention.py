@@ -161,10 +161,13 @@ class Direction(Attention):
     ) -> Tensor:
         """(B, q, D) and (B, k, D) -> (B, q, D); zero where a query may attend nothing."""
         B, n, _ = queries.shape
-        k, v = self.heads(self.k_proj(keys), key_rope), self.heads(self.v_proj(keys))
-        if store is not None:
-            k, v = store.append(k, v)
-        if n == 0 or k.size(2) == 0:
+        if store is not None and keys.size(1) == 0:  # most rows of a conversation under way
+            k, v = store.keys, store.values
+        else:
+            k, v = self.heads(self.k_proj(keys), key_rope), self.heads(self.v_proj(keys))
+            if store is not None:
+                k, v = store.append(k, v)
+        if n == 0 or k is None or k.size(2) == 0:
             return torch.zeros_like(queries)
         q = self.heads(self.q_proj(queries), query_rope)
         some = allowed.any(dim=-1, keepdim=True)  # (B, 1, q, 1); attention over nothing would be nan
@@ -227,7 +230,7 @@ class VoiceTextCrossAttention(nn.Module):
         text, audio = take(normed, streams.text), take(normed, streams.audio)
         pools = self._pools(normed, streams, state, cache)
         times = (streams.audio_times, streams.text_times, streams.pool_times)
-        audio_rope, text_rope, pool_rope = (rope_angles(self.frequencies, t) for t in times)
+        audio_rope, text_rope, pool_rope = (rope_angles(self.frequencies, t) if t.size(1) else None for t in times)
         heard = self.voice(audio, audio_rope, text, text_rope, streams.sees_text, cache and cache.text)
         read = self.text(text, text_rope, pools, pool_rope, streams.sees_pools, cache and cache.pools)
         if maps is not None:
