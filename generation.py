@@ -81,9 +81,7 @@ class Speaking(NamedTuple):
 
     sampling: dict  # fields of `Sampling` that it is best spoken with
     notes: str  # what it can, for who speaks with it
-    voices: Sequence[
-        str
-    ] = ()  # of its clips in `VOICES`: who speakers 0, 1, ... sound like, unless another is asked for
+    voices: Sequence[str] = ()  # names of clips in `VOICES` that speakers 0, 1, ... sound like unless told otherwise
 
 
 def read_speaking(folder: Path | str) -> Speaking:

@@ -385,9 +385,8 @@ class Talks:
             voice = NO_VOICE
         if voice != NO_VOICE and voice not in self.voices:
             raise ValueError(f"there is no voice {voice!r}; the voices: {', '.join([NO_VOICE, *self.voices])}")
-        clip, heard = self.voices.get(voice), talk.voices.get(speaker)
-        if voice == NO_VOICE:
-            clip = self.engine.own_clip(speaker)
+        clip = self.engine.own_clip(speaker) if voice == NO_VOICE else self.voices[voice]
+        heard = talk.voices.get(speaker)
         if clip is None:
             talk.unpin(speaker)
         elif heard is None or not torch.equal(heard.codes, clip.codes.to(heard.codes)):
