@@ -60,6 +60,11 @@ def can_compile(model: CSM) -> bool:
         return False
 
 
+def read(loop: NativeDepthLoop | DepthLoop, codes: Tensor, first: int) -> Tensor:
+    """(N, k) codes of the codebooks from `first` on -> (N, k, E), what the decoder reads of them."""
+    return F.embedding(codes + loop.model.code_offsets[first : first + codes.size(1)], loop.inputs)
+
+
 class NativeDepthLoop:
     """`DepthLoop` on a CPU, compiled: a call for each codebook."""
 
@@ -76,7 +81,7 @@ class NativeDepthLoop:
     def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D) backbone states, (N, k) first codes -> (N, stop); `choose` makes (N,) codes of (N, V) logits."""
         (N, k), c = codes.shape, self.model.config
-        x = torch.cat((self.model.projection(hidden).float()[:, None], self.read(codes, 0)), dim=1)  # (N, k + 1, E)
+        x = torch.cat((self.model.projection(hidden).float()[:, None], read(self, codes, 0)), dim=1)  # (N, k + 1, E)
         cache = KVCache(c.depth, N, stop, x)
         sequences = self.stack.sequences([cache], k + 1)
         turns, drawn = self.turns[:, : k + 1], [codes]
@@ -87,7 +92,7 @@ class NativeDepthLoop:
             code = choose(logits)[:, None]
             drawn.append(code)
             if codebook < stop - 1:
-                x, turns = self.read(code, codebook), self.turns[:, codebook + 1 : codebook + 2]
+                x, turns = read(self, code, codebook), self.turns[:, codebook + 1 : codebook + 2]
                 for sequence in sequences:
                     sequence.rows = 1
         return torch.cat(drawn, dim=1)
@@ -96,10 +101,6 @@ class NativeDepthLoop:
     def nbytes(self) -> int:
         """Of what it holds beside the model's own weights."""
         return self.stack.nbytes + self.inputs.nbytes + sum(head.nbytes for head in self.heads)
-
-    def read(self, codes: Tensor, first: int) -> Tensor:
-        """(N, k) codes of the codebooks from `first` on -> (N, k, E)."""
-        return F.embedding(codes + self.model.code_offsets[first : first + codes.size(1)], self.inputs)
 
 
 class DepthLoop:
@@ -120,7 +121,7 @@ class DepthLoop:
     def continue_frames(self, hidden: Tensor, codes: Tensor, stop: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, D) backbone states, (N, k) first codes -> (N, stop); `choose` makes (N,) codes of (N, V) logits."""
         N, k = codes.shape
-        inputs = torch.cat((self.model.projection(hidden)[:, None], self.read(codes, 0)), dim=1)  # (N, k + 1, E)
+        inputs = torch.cat((self.model.projection(hidden)[:, None], read(self, codes, 0)), dim=1)  # (N, k + 1, E)
         compiled = self.step is not None and N == 1
         cache = KVCache(self.stack.config, N, self.model.config.n_codebooks if compiled else stop, inputs)
         drawn = [codes]
@@ -131,7 +132,7 @@ class DepthLoop:
             code = choose(self.heads[codebook - 1](self.stack.direction(states)))
             drawn.append(code[:, None])
             if codebook < stop - 1:
-                inputs = self.read(code[:, None], codebook)
+                inputs = read(self, code[:, None], codebook)
         return torch.cat(drawn, dim=1)
 
     @property
@@ -139,7 +140,3 @@ class DepthLoop:
         """Of what it holds beside the model's own weights."""
         heads = (tensor for head in self.heads for tensor in weights_of(head))
         return self.stack.nbytes + self.inputs.nbytes + sum(tensor.nbytes for tensor in heads)
-
-    def read(self, codes: Tensor, first: int) -> Tensor:
-        """(N, k) codes of the codebooks from `first` on -> (N, k, E)."""
-        return F.embedding(codes + self.model.code_offsets[first : first + codes.size(1)], self.inputs)

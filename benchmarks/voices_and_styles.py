@@ -61,14 +61,18 @@ class Listener:
         within = np.concatenate([np.array(own) - self.styles[key] for key, own in styles.items()])
         self.precision = np.linalg.pinv(np.cov(within.T))
 
+    def require(self, speaker: str) -> None:
+        """NotMeasurable: nothing of the speaker was learnt, so that neither can be told."""
+        if speaker not in self.voices:
+            raise NotMeasurable("no turn of the speaker was learnt")
+
     def voice(self, samples: np.ndarray) -> str:
         own = self.encoder.embed(samples)
         return max(self.voices, key=lambda speaker: own @ self.voices[speaker] / np.linalg.norm(self.voices[speaker]))
 
     def style(self, speaker: str, samples: np.ndarray, text: str) -> str:
+        self.require(speaker)
         own = features(prosody_of(samples, text))
-        if speaker not in self.voices:
-            raise NotMeasurable("no turn of the speaker was learnt")
         known = {style: own - mean for (who, style), mean in self.styles.items() if who == speaker}
         return min(known, key=lambda style: known[style] @ self.precision @ known[style])
 
@@ -79,8 +83,7 @@ def told(listener: Listener, turns: Sequence[tuple[str, Heard]], seed: int) -> d
     without: dict[str, Counter[str]] = defaultdict(Counter)
     for conversation, (speaker, style, samples, text) in turns:
         try:
-            if speaker not in listener.voices:
-                raise NotMeasurable("no turn of the speaker was learnt")
+            listener.require(speaker)
             right["voice"].append(Item(conversation, float(listener.voice(samples) == speaker)))
         except NotMeasurable as reason:
             without["voice"][str(reason)] += 1
