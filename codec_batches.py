@@ -65,6 +65,39 @@ class Crops:
             yield torch.from_numpy(padded)[None]
 
 
+class CodedCrops:
+    """Clips with codes that stand for them, made by something else than the tokenizer; batches as those of `Crops`."""
+
+    def __init__(self, clips: Iterable[tuple[np.ndarray, np.ndarray]], n_frames: int):
+        """Samples as of `Crops` and (T, S) codes of each clip; those with fewer than `n_frames` frames are left out.
+
+        ValueError: none is left, or codes of another length than their clip.
+        """
+        self.n_frames, self.clips = n_frames, []
+        for samples, codes in clips:
+            if len(codes) != -(-len(samples) // FRAME_SAMPLES):
+                raise ValueError(f"{len(codes)} frames of codes do not fit a clip of {len(samples)} samples")
+            if len(codes) >= n_frames:
+                self.clips.append((to_pcm16(samples), codes))
+        if not self.clips:
+            raise ValueError(f"no clip lasts {n_frames} frames, the crop_frames; give fewer")
+        lengths = np.array([len(codes) for _, codes in self.clips], dtype=np.float64)
+        self.share = lengths / lengths.sum()
+
+    def batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """(B, n_frames * FRAME_SAMPLES) and (B, n_frames, S) int64 of the same moments, at the level of the clips."""
+        random, n = np.random.default_rng([seed, step, 6]), self.n_frames
+        wave = np.zeros((batch_size, n * FRAME_SAMPLES), dtype=np.float32)
+        chosen = []
+        for row, index in zip(wave, random.choice(len(self.clips), batch_size, p=self.share), strict=True):
+            samples, codes = self.clips[index]
+            first = random.integers(len(codes) - n + 1)
+            piece = samples[first * FRAME_SAMPLES : (first + n) * FRAME_SAMPLES]
+            row[: len(piece)] = piece / np.float32(32768)
+            chosen.append(codes[first : first + n].astype(np.int64))
+        return torch.from_numpy(wave), torch.from_numpy(np.stack(chosen))
+
+
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:
     """Nested depth dropout, always a prefix of all codebooks: 60 % all, 15 % the semantic ones and some acoustic, 15 %
     the semantic ones alone, 10 % some of them.

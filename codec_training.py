@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from audio import FRAME_SAMPLES
-from codec_batches import Crops, Depths, SemanticBatch, Utterances, draw_depths, draw_disguises, draw_prefixes
+from codec_batches import (
+    CodedCrops,
+    Crops,
+    Depths,
+    SemanticBatch,
+    Utterances,
+    draw_depths,
+    draw_disguises,
+    draw_prefixes,
+)
 from codec_discriminators import DISCRIMINATORS, Discriminators, fooling_loss, telling_loss
 from codec_losses import SpectralDistance
 from hearing_losses import MIN_SAMPLES, Hearing
@@ -48,6 +57,8 @@ class TrainConfig:
     preset: str = "cpu"
     init_from: str = ""
     keep_codes: bool = False
+    spoken_by: str = ""
+    spoken_share: float = 0.5
     max_steps: int = 1000
     stage_a: float = 0.2
     stage_c: float = 0.4
@@ -90,8 +101,9 @@ class TrainConfig:
         for name in ("stage_a", "stage_c", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
-        if not 0 <= self.warped <= 1:
-            raise ValueError(f"warped={self.warped} must lie in [0, 1]")
+        for name in ("warped", "spoken_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
         if self.stage_a + self.stage_c >= 1 and not self.init_from:
             raise ValueError(f"stage_a={self.stage_a} and stage_c={self.stage_c} leave nothing to stage B")
         for name in ("max_steps", "batch_size", "lr", "eval_every", "save_every"):
@@ -115,6 +127,8 @@ class TrainConfig:
             raise ValueError(
                 "keep_codes trains the decoder of an init_from, whose codes are made: ctc_weight must be 0"
             )
+        if self.spoken_by and not self.keep_codes:
+            raise ValueError("spoken_by is for the decoder of codes that a speech model knows: give keep_codes too")
         if self.adversarial and not (self.stage_c or self.keep_codes):
             raise ValueError(f"adversarial={self.adversarial} needs a stage_c above 0")
         heard = math.ceil((MIN_SAMPLES + DELAY_SAMPLES) / FRAME_SAMPLES)
@@ -140,6 +154,8 @@ HELP = {
     "preset": f"size of the codec: {', '.join(PRESETS)}; with init_from that of its weights",
     "init_from": "folder of a tokenizer of this script to begin with; no stage without quantisers",
     "keep_codes": "train the decoder of init_from alone: speech models go on understanding its codes",
+    "spoken_by": "folder of a speech model whose guesses of the codes the decoder learns to speak; needs keep_codes",
+    "spoken_share": "share of the crops whose codes are guesses of spoken_by",
     "max_steps": "optimizer steps; the default takes about 10 minutes on 2 idle CPU cores",
     "stage_a": "share of the steps without quantisers, at the start",
     "stage_c": "share of the steps for the decoder alone, at the end, with final codes",
@@ -192,6 +208,7 @@ class Run:
     hearing: Hearing
     device: torch.device
     utterances: Utterances | None = None  # what the heads learn from; None: no semantic supervision
+    spoken: CodedCrops | None = None  # with what a speech model would say; None: the tokenizer's own codes alone
     heads: SemanticHeads | None = None
     discriminators: Discriminators | None = None
     teller: torch.optim.Optimizer | None = None  # of the discriminators
@@ -251,6 +268,7 @@ def build_run(
     device: torch.device,
     utterances: Utterances | None = None,
     ranks: Ranks | None = None,
+    spoken: CodedCrops | None = None,
 ) -> Run:
     """ValueError: semantic supervision asked for without texts, a batch that the processes cannot share, or weights to
     begin with that are not this project's; FileNotFoundError: there are none."""
@@ -291,6 +309,7 @@ def build_run(
         Hearing().to(device),
         device,
         utterances,
+        spoken,
         heads,
         discriminators,
         teller,
@@ -329,9 +348,17 @@ def make_optimizers(
 
 
 def reconstruct(
-    run: Run, wave: Tensor, depths: Depths, stage: str, disguise: Disguise | None = None
+    run: Run,
+    wave: Tensor,
+    depths: Depths,
+    stage: str,
+    disguise: Disguise | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, N) -> the reconstruction without its last 30 ms, where the decoder lacks the frames to come; commitment."""
+    """(B, N) -> the reconstruction without its last 30 ms, where the decoder lacks the frames to come; commitment.
+
+    `given` as in `RVQTokenizer.decode_frozen`, whose stage is the only one that knows it.
+    """
     share, commitment = run.config.content_gradient, wave.new_zeros(())
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
         if stage == CONTINUOUS:
@@ -339,7 +366,7 @@ def reconstruct(
         elif stage == QUANTISED:
             estimate, _, commitment = run.model(wave, *depths, share, disguise)
         else:
-            estimate = run.model.decode_frozen(wave, *depths)
+            estimate = run.model.decode_frozen(wave, *depths, given)
     return estimate[:, : wave.size(1) - run.model.delay_samples], commitment
 
 
@@ -446,8 +473,10 @@ def train_step(run: Run) -> dict[str, float]:
     wave = run.crops.batch(c.seed, step, c.batch_size, c.crop_frames * FRAME_SAMPLES)[mine].to(run.device)
     shape = run.model.config
     depths = draw_depths(c.seed, step, c.batch_size, shape.n_semantic, shape.n_acoustic_codebooks)
-    depths = Depths(*(depth[mine].to(run.device) for depth in depths))
-    estimate, commitment = reconstruct(run, wave, depths, stage, disguise_of(run, c.batch_size))
+    depths, given = Depths(*(depth[mine].to(run.device) for depth in depths)), None
+    if run.spoken is not None:
+        wave, depths, given = speak_some(run, wave, depths)
+    estimate, commitment = reconstruct(run, wave, depths, stage, disguise_of(run, c.batch_size), given)
     terms = {**spectral_terms(run, estimate, wave), "commitment": commitment}
     if stage == DECODER and c.hearing:
         heard = heard_terms(run, estimate, wave, depths)
@@ -464,6 +493,20 @@ def train_step(run: Run) -> dict[str, float]:
         semantic.pop("loss").backward()
         terms |= semantic
     return {**update(run, terms), "train/lr": lr_at(step, c, decoder=True)}
+
+
+def speak_some(run: Run, wave: Tensor, depths: Depths) -> tuple[Tensor, Depths, Tensor]:
+    """Some of this process's crops become those with codes that a speech model guessed. These codes, -1 for the others.
+
+    Guesses are of the semantic codebooks: no acoustic ones are heard with them.
+    """
+    c = run.config
+    mine = run.ranks.share_of(c.batch_size)
+    said, codes = (part[mine].to(run.device) for part in run.spoken.batch(c.seed, run.step, c.batch_size))
+    spoken = (torch.arange(c.batch_size) < c.spoken_share * c.batch_size)[mine].to(run.device)  # (B,)
+    wave = torch.where(spoken[:, None], said, wave)
+    depths = depths._replace(acoustic=depths.acoustic.masked_fill(spoken, 0))
+    return wave, depths, codes.masked_fill(~spoken[:, None, None], -1)
 
 
 def disguise_of(run: Run, batch_size: int, which: int = 0) -> Disguise | None:

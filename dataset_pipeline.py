@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from audio import FRAME_RATE
+from audio_tokenizer import AudioTokenizer
 from checkpointing import write_atomically
 from command_line import EXIT_CODES_HELP, EXIT_DONE, PART_HELP, default_part, part, run
 from conversations import (
@@ -33,9 +34,10 @@ from conversations import (
     write_conversations,
 )
 from frames import IGNORE, Clock, FrameLayout, Rows, Turn, concatenate
+from model_sizes import CSMConfig
 from ranks import pick_device
 from rvq_tokenizer import load_tokenizer
-from text_tokenizer import TextTokenizer, encode_turn, prompt_length
+from text_tokenizer import TextTokenizer, encode_turn, load_text_tokenizer, prompt_length
 from token_cache import TokenCache, tokenise
 from turn_shards import read_turns
 
@@ -249,6 +251,12 @@ class ConversationDataset:
         if draw < m.text_only + m.listen:
             return turn._replace(order="listen")
         return turn._replace(order="joint" if draw < m.text_only + m.listen + m.joint else "speak")
+
+
+def as_read_by(config: CSMConfig, data_dir: Path, split: str, tokenizer: AudioTokenizer) -> ConversationDataset:
+    """The conversations of a split as a model reads them whose codes are this tokenizer's."""
+    texts, cache = load_text_tokenizer(config.text_tokenizer), TokenCache(data_dir, tokenizer)
+    return ConversationDataset(data_dir, split, cache, texts, config.layout, config.max_positions)
 
 
 def in_one_row(documents: list[Rows]) -> Rows:

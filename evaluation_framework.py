@@ -23,6 +23,7 @@ from checkpointing import file_digest, write_atomically
 from codec_gates import as_values, check_gates, codebook_use, draw_gates, print_gates
 from command_line import EXIT_CODES_HELP, EXIT_DONE, EXIT_PARTIAL, Several, only_run_in, run
 from conversations import load_clips
+from dataset_pipeline import as_read_by
 from evaluation_report import (
     collect_warnings,
     drop_old_audio,
@@ -45,7 +46,6 @@ from held_out_evaluation import (
     encode_clips,
     evaluate_model,
     evaluate_tokenizer,
-    held_out,
     plain,
     steps_of,
 )
@@ -258,7 +258,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> dict:
             "model",
             {**shared, **dataclasses.asdict(settings), **own, "steps": steps_of(checkpoint)},
             lambda audio: evaluate_model(
-                model, tokenizer, held_out(args.data, model, tokenizer), tools, settings, audio
+                model, tokenizer, as_read_by(model.config, args.data, "test", tokenizer), tools, settings, audio
             ),
         )
     return {**report, "warnings": collect_warnings(report), "note": model_note(report)}

@@ -42,8 +42,6 @@ from speech_metrics import (
     require_english,
 )
 from spoken_validation import Tools, hear_codes, mean_cosine, run_away_after, speak_after, spread, time_reply
-from text_tokenizer import load_text_tokenizer
-from token_cache import TokenCache
 from training import batch_losses
 from turn_shards import TurnRecord, is_named
 
@@ -364,13 +362,6 @@ def compare_replies(
         }
         for name, (system, voice) in pairs.items():
             tally.add("speaker_similarity", name, conversation, mean_cosine, spoken[system], [voice])
-
-
-def held_out(data: Path, model: CSM, tokenizer: AudioTokenizer) -> ConversationDataset:
-    """The held-out conversations as the model reads them."""
-    text_tokenizer = load_text_tokenizer(model.config.text_tokenizer)
-    cache, c = TokenCache(data, tokenizer), model.config
-    return ConversationDataset(data, "test", cache, text_tokenizer, c.layout, c.max_positions)
 
 
 def steps_of(checkpoint: Path) -> int | None:

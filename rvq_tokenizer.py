@@ -388,14 +388,19 @@ class RVQTokenizer(AudioTokenizer):
         commitment = (semantic.commitment + detail.commitment) / 2
         return Reconstruction(self.synthesize(semantic.latents, detail.latents, acoustic_depth), codes, commitment)
 
-    def decode_frozen(self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor) -> Tensor:
+    def decode_frozen(
+        self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N).
 
-        Codes are found in float32 under any autocast: in bfloat16 one in eight would not be that of `encode`.
+        Codes are found in float32 under any autocast: in bfloat16 one in eight would not be that of `encode`. `given`
+        (B, T, S) are semantic codes to be used in their place; below 0 in the samples that keep their own.
         """
         with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
             content, acoustic = self.latents(wave)
             content = self.semantic.nearest(content, semantic_depth)
+            if given is not None:
+                content = torch.where(given[:, :, :1] < 0, content, self.semantic.decode(given.clamp(min=0)))
             acoustic = self.acoustic.nearest(acoustic, acoustic_depth)
         return self.synthesize(content, acoustic, acoustic_depth)
 

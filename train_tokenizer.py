@@ -3,6 +3,7 @@
     python train_tokenizer.py --data data --out runs/tokenizer
     torchrun --nproc_per_node 4 train_tokenizer.py --preset gpu --stage_c 0.5 --adversarial 1 --discriminators full
     python train_tokenizer.py --init_from pretrained/nano/tokenizer --keep_codes --adversarial 1 --out runs/decoder
+    python train_tokenizer.py --init_from runs/tokenizer --keep_codes --spoken_by runs/nano --out runs/decoder
 
 The stages are described in `codec_training.py`. Stopping at any moment (Ctrl-C, kill -9) loses at most the steps since
 the last state file; the same command goes on, and ends with the same weights as a run that was never stopped.
@@ -15,17 +16,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from architecture import load_model
 from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16, write_wav
+from audio_tokenizer import fingerprint
 from checkpointing import load_newest_state, save_state, write_atomically
-from codec_batches import Crops, Utterances
+from codec_batches import CodedCrops, Crops, Utterances
 from codec_training import (
     CONTINUOUS,
     HELP,
@@ -48,12 +52,16 @@ from command_line import (
     run,
 )
 from conversations import each_clip, load_clips
+from dataset_pipeline import as_read_by
+from generation import check_tokenizer
+from inference_model import InferenceModel
 from phone_alignments import Clip, align_clips
 from ranks import Ranks, join_ranks, pick_device, warn_of_slow_bf16
 from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
-from rvq_tokenizer import save_tokenizer
+from rvq_tokenizer import load_tokenizer, save_tokenizer
 from semantic_teacher import teacher_features
+from spoken_codes import guessed_turns
 from turn_shards import TurnRecord, data_digest, ledgers
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
@@ -176,8 +184,17 @@ def report(out: Path) -> None:
     print(f"tokenizer in {out}, samples to hear in {out / 'samples'}, TensorBoard log in {out / 'tensorboard'}")
 
 
-def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, list[TurnRecord]]:
-    """Training crops, held-out clips, training utterances, and the turns of the training clips.
+class Audio(NamedTuple):
+    """What is taken from a data folder."""
+
+    crops: Crops  # for training
+    held_out: list[Tensor]  # (1, N) each
+    utterances: Utterances  # for training
+    own: list[tuple[TurnRecord, np.ndarray]]  # the training turns, and their samples (N,) int16
+
+
+def load_audio(data: Path, seed: int) -> Audio:
+    """What is trained on and what is held out.
 
     ValueError if there is too little.
     """
@@ -192,15 +209,27 @@ def load_audio(data: Path, seed: int) -> tuple[Crops, list[Tensor], Utterances, 
     if not held_out:
         raise ValueError(f"{data} holds no held-out (val) clip of half a second or more; {remedy}")
     transcribed = [(turn.speaker_id, turn.text, clip) for turn, clip in zip(turns, clips, strict=True)]
-    return Crops(clips), held_out, Utterances(transcribed), turns
+    return Audio(Crops(clips), held_out, Utterances(transcribed), own)
 
 
-def align(utterances: Utterances, turns: Sequence[TurnRecord], folder: Path) -> str:
+def align(audio: Audio, folder: Path) -> str:
     """Let the utterances know which phone is spoken when; 16 hexadecimal digits that stand for all they were told."""
-    own = [(turns[item.clip], item.pcm) for item in utterances.items]
+    utterances, own = audio.utterances, [audio.own[item.clip] for item in audio.utterances.items]
     utterances.add_phones(align_clips([Clip(turn.utt_id, turn.lang, turn.text, pcm) for turn, pcm in own], folder))
     told = b"".join(item.phones.tobytes() for item in utterances.items)
     return hashlib.sha256(" ".join(utterances.phones).encode() + told).hexdigest()[:16]
+
+
+def speak_along(config: TrainConfig, data: Path, audio: Audio, device: torch.device) -> tuple[CodedCrops, str]:
+    """Crops of the training turns with the codes that a speech model guesses of them; its fingerprint.
+
+    ValueError: not a model of these codes.
+    """
+    tokenizer, model = load_tokenizer(config.init_from, device), load_model(Path(config.spoken_by), device)
+    check_tokenizer(model.config, tokenizer)
+    guesses = guessed_turns(InferenceModel(model), as_read_by(model.config, data, "train", tokenizer))
+    clips = [(samples, guesses[turn.utt_id]) for turn, samples in audio.own]
+    return CodedCrops(clips, config.crop_frames), fingerprint(model.config, model)
 
 
 def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ranks: Ranks) -> int:
@@ -218,7 +247,8 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
                 print(f"note: it was trained on other data than {data} holds now; for these give another --out")
             report(out)
         return EXIT_DONE
-    crops, held_out, utterances, turns = load_audio(data, config.seed)
+    audio, spoken = load_audio(data, config.seed), None
+    utterances = audio.utterances
     learnt_from = {"data": data_digest(data)}
     refuse_other_settings(out, {**fixed, **learnt_from})
     if config.teacher and utterances.items:
@@ -226,9 +256,13 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         told = ranks.first_then_others(lambda: teacher_features(clips, data / "teacher", config.teacher, device))
         utterances.add_features(told)
     if config.phone_weight and utterances.items:
-        learnt_from["phones"] = ranks.first_then_others(lambda: align(utterances, turns, data / "phones"))
+        learnt_from["phones"] = ranks.first_then_others(lambda: align(audio, data / "phones"))
         refuse_other_settings(out, learnt_from)
-    run = build_run(config, crops, held_out, device, utterances, ranks)
+    if config.spoken_by:
+        spoken, told = ranks.first_then_others(lambda: speak_along(config, data, audio, device))
+        learnt_from["speech_model"] = told
+        refuse_other_settings(out, learnt_from)
+    run = build_run(config, audio.crops, audio.held_out, device, utterances, ranks, spoken)
     precision, threads = fastest(run)
     run.config = dataclasses.replace(config, precision=precision, threads=threads)
     run.optimizers = make_optimizers(run.model, run.config, run.heads)
@@ -246,7 +280,7 @@ def run_in(out: Path, data: Path, config: TrainConfig, device: torch.device, ran
         return (stop.exit_code or EXIT_SIGTERM) if stopped else EXIT_DONE  # the signal may be another process's
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
     print(
-        f"{size:.1f}M parameters, {crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
+        f"{size:.1f}M parameters, {audio.crops.seconds / 60:.1f} min of audio, {run.config.precision}, "
         f"{ranks.n} process(es) of {threads} thread(s), {device}, from step {run.step} of {config.max_steps}"
     )
     log = RunLog(out, {**dataclasses.asdict(run.config), **learnt_from}, run.step, device)

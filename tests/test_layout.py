@@ -53,6 +53,7 @@ LEVELS = (
         "conversation_state",
         "fine_tuning",
         "speaking_together",
+        "spoken_codes",
         "spoken_validation",
         "synthetic_voices",
         "training_config",

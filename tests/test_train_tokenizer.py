@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import voice, write_tiny_data
+from conftest import full_model, tiny_tokenizer, voice, write_tiny_data
 
 import codec_training
 import train_tokenizer
+from architecture import load_model, save_model
 from audio import FRAME_SAMPLES, read_audio
 from checkpointing import load_newest_state, load_state, save_state, state_files
 from codec_batches import Crops, Depths, Utterances, draw_depths
@@ -35,9 +36,13 @@ from codec_training import (
 )
 from command_line import EXIT_BUSY, EXIT_DONE, EXIT_INPUT, EXIT_SIGINT, EXIT_SIGTERM, EXIT_STORAGE, only_run_in, run
 from conversations import each_clip, load_clips
+from dataset_pipeline import as_read_by
+from inference_model import InferenceModel
 from phone_alignments import Interval, file_name, write_phones
 from run_folder import read_metrics, read_settings
-from rvq_tokenizer import PRESETS, load_tokenizer
+from rvq_tokenizer import PRESETS, load_tokenizer, save_tokenizer
+from speech_metrics import log_mel_distance
+from spoken_codes import guessed_turns
 from train_tokenizer import main
 from turn_shards import read_turns
 
@@ -300,6 +305,62 @@ def test_decoder_trained_further_keeps_the_codes_and_comes_nearer_to_the_audio(
     at_once = arguments(shared_data, tmp_path / "at_once", init_from=whole, keep_codes=True, max_steps=30, lr=0.003)
     assert run(main, at_once) == EXIT_DONE
     assert weights(tmp_path / "at_once") == weights(out)
+
+
+def speaker_of(tokenizer: Path, folder: Path, seed: int = 0) -> Path:
+    """A speech model of random weights that knows the codes of a tokenizer of this script."""
+    model = full_model(seed, n_codebooks=32, n_semantic=10, audio_tokenizer=load_tokenizer(tokenizer).fingerprint())
+    save_model(model, folder)
+    return folder
+
+
+def test_decoder_learns_to_speak_what_a_speech_model_guesses(whole, shared_data, tmp_path, monkeypatch):
+    model = speaker_of(whole, tmp_path / "model")
+    further = {"init_from": whole, "keep_codes": True, "max_steps": 100, "lr": 0.01, "hearing": 0, "save_every": 50}
+    told = {**further, "spoken_by": model, "spoken_share": 1}
+    with monkeypatch.context() as patch:
+        signal_at(patch, 6, signal.SIGINT)
+        assert run(main, arguments(shared_data, tmp_path / "told", **told)) == EXIT_SIGINT
+    assert run(main, arguments(shared_data, tmp_path / "told", **told)) == EXIT_DONE
+    assert run(main, arguments(shared_data, tmp_path / "at_once", **told)) == EXIT_DONE
+    assert weights(tmp_path / "told") == weights(tmp_path / "at_once")
+    assert run(main, arguments(shared_data, tmp_path / "untold", **further)) == EXIT_DONE
+    tokenizers = {name: load_tokenizer(tmp_path / name) for name in ("told", "untold")}
+    assert len({tokenizer.fingerprint() for tokenizer in (*tokenizers.values(), load_tokenizer(whole))}) == 1
+
+    speech = load_model(model)
+    guesses = guessed_turns(InferenceModel(speech), as_read_by(speech.config, shared_data, "val", tokenizers["told"]))
+    distance = dict.fromkeys(tokenizers, 0.0)
+    for turn, samples in each_clip(shared_data, "val"):
+        codes = torch.from_numpy(guesses[turn.utt_id].astype(np.int64))[None]
+        for name, tokenizer in tokenizers.items():
+            distance[name] += log_mel_distance(samples, tokenizer.decode(codes)[0, : len(samples)].numpy())
+    assert distance["told"] < 0.9 * distance["untold"]
+
+
+def test_the_speech_model_that_is_spoken_for_must_know_the_codes_and_stay(whole, shared_data, tmp_path, capsys):
+    model = speaker_of(whole, tmp_path / "model")
+    flags = {"init_from": whole, "spoken_by": model, "max_steps": 4, "out": tmp_path / "out"}
+    assert run(main, arguments(shared_data, **flags)) == EXIT_INPUT
+    assert "give keep_codes too" in capsys.readouterr().err
+    flags["keep_codes"] = True
+    other = tmp_path / "other"
+    save_tokenizer(tiny_tokenizer(), other)
+    for changes, message in (
+        ({"spoken_by": tmp_path / "nowhere"}, "is missing"),
+        ({"init_from": other}, "the tokenizer has n_codebooks=4, the model 32"),
+        ({"spoken_share": 1.5}, "spoken_share=1.5 must lie in [0, 1]"),
+        ({"crop_frames": 50}, "no clip lasts 50 frames"),
+    ):
+        assert run(main, arguments(shared_data, **{**flags, **changes})) == EXIT_INPUT
+        error = capsys.readouterr().err
+        assert message in error.splitlines()[-1] and error.count("error:") == 1
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 1, signal.SIGINT)
+        assert run(main, arguments(shared_data, **flags)) == EXIT_SIGINT
+    speaker_of(whole, model, seed=1)
+    assert run(main, arguments(shared_data, **flags)) == EXIT_INPUT
+    assert "was started with speech_model=" in capsys.readouterr().err
 
 
 def test_tokenizer_trained_further_begins_with_its_weights_and_codebooks(whole, shared_data, tmp_path):
