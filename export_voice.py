@@ -112,24 +112,35 @@ def judged(checkpoint: Path, run_folder: Path) -> tuple[int | None, dict]:
     return None, measured[-1] if measured else {}
 
 
+def runs_of(folder: Path) -> list[dict]:
+    """Settings of the run in a folder; before them, as far as these are still there, those of what it began with."""
+    settings = read_settings(folder) or {}
+    begun = Path(settings.get("init_from") or folder)
+    earlier = runs_of(begun) if begun != folder and read_settings(begun) else []
+    return [*earlier, settings]
+
+
 def model_card(model: CSM, checkpoint: Path, run_folder: Path, tokenizer: Path, data: Path, speaking: Speaking) -> str:
     """What a user must know, from what the runs wrote down."""
     step, found = judged(checkpoint, run_folder)
-    runs = {name: read_settings(folder) or {} for name, folder in (("model", run_folder), ("tokenizer", tokenizer))}
+    histories = {"model": runs_of(run_folder), "tokenizer": runs_of(tokenizer)}
+    runs = [(name, settings) for name, own in histories.items() for settings in own]
     rows = []
-    for name, settings in runs.items():
+    for name, settings in runs:
         own, place = settings.get("train", settings), settings.get("environment", {})
         where = (
             f"{place.get('device', 'unknown')}, {place.get('threads', '?')} CPU thread(s), torch {place.get('torch')}"
         )
         steps, seed = own.get("max_steps", "unknown"), own.get("seed", "unknown")
-        steps = f"{step} of {steps}" if name == "model" and step is not None else steps
-        rows.append(f"| {name} | {steps} | {seed} | {place.get('commit', 'unknown')} | {where} |")
+        steps = f"{step} of {steps}" if settings is histories["model"][-1] and step is not None else steps
+        part = "its decoder" if own.get("keep_codes") else name
+        rows.append(f"| {part} | {steps} | {seed} | {place.get('commit', 'unknown')} | {where} |")
     last = {key: value for key, value in found.items() if key.startswith(("spoken/", "val/"))}
-    commands = [f"    {s['environment']['command']}" for s in runs.values() if "command" in s.get("environment", {})]
+    commands = [f"    {s['environment']['command']}" for _, s in runs if "command" in s.get("environment", {})]
     figures = [f"| {key} | {value:.4g} |" for key, value in last.items() if isinstance(value, int | float)]
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    begun = [f", the {name} further from {s['init_from']}" for name, s in runs.items() if s.get("init_from")]
+    first = [(name, own[0].get("init_from")) for name, own in histories.items()]
+    begun = [f", the {name} further from {origin}" for name, origin in first if origin]
     trained = f"trained by this repository{''.join(begun)}" if begun else "trained from scratch by this repository"
     parts = [
         "# Model card",

@@ -111,6 +111,18 @@ def test_the_card_names_what_the_weights_began_with(trained, tmp_path):
     assert ", trained by this repository, the model further from sesame/csm-1b." in card and "scratch" not in card
 
 
+def test_the_card_has_the_training_of_the_codes_before_that_of_their_decoder(trained, tmp_path):
+    codes = {"max_steps": 9, "seed": 0, "init_from": "", "environment": {"command": "train_tokenizer.py --max_steps 9"}}
+    decoder = {"max_steps": 4, "seed": 0, "keep_codes": True, "init_from": str(tmp_path / "codes")}
+    for name, settings in (("codes", codes), ("tokenizer", decoder)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    assert run(export_voice.main, [*trained, "--out", str(tmp_path / "voice")]) == EXIT_DONE
+    card = (tmp_path / "voice" / "README.md").read_text()
+    assert card.index("| tokenizer | 9 |") < card.index("| its decoder | 4 |")
+    assert "    train_tokenizer.py --max_steps 9" in card and "trained from scratch" in card
+
+
 def test_what_would_be_overwritten_or_not_be_spoken_is_refused(trained, tmp_path, capsys):
     for flags, message in (
         (["--out", str(tmp_path)], "would overwrite"),
