@@ -56,12 +56,13 @@ class AudioTokenizer(nn.Module):
         """
         return encode_whole(self, wave)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, voice: Tensor | None = None) -> Tensor:
         """(B, T, K') codes of the first K' <= K codebooks -> (B, T * FRAME_SAMPLES). K' = n_semantic drops the detail.
 
+        `voice` as of `voice_of`.
         ValueError: another shape or type, no frames, too many codebooks, or codes out of range.
         """
-        return decode_whole(self, codes)
+        return decode_whole(self, codes, voice)
 
     @torch.inference_mode()
     def copies(self, samples: np.ndarray, prefixes: Sequence[int]) -> dict[int, np.ndarray]:
@@ -72,8 +73,13 @@ class AudioTokenizer(nn.Module):
     def encoder_stream(self, batch_size: int) -> EncoderStream:
         return EncoderStream(self, batch_size)
 
-    def decoder_stream(self, batch_size: int) -> DecoderStream:
-        return DecoderStream(self, batch_size)
+    def decoder_stream(self, batch_size: int, voice: Tensor | None = None) -> DecoderStream:
+        """`voice` as of `voice_of`."""
+        return DecoderStream(self, batch_size, voice)
+
+    def voice_of(self, codes: Tensor) -> Tensor | None:
+        """What the decoder is told of who says (T, K) codes; None: it cannot be told."""
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 over config and what makes codes: those of two tokenizers mean the same only if it is equal."""
@@ -147,13 +153,14 @@ class DecoderStream:
     All pushes and the flush together are `delay_samples` of lead-in and then what `decode` returns.
     """
 
-    def __init__(self, codec: Codec, batch_size: int):
-        self.codec, self.batch_size = codec, batch_size
+    def __init__(self, codec: Codec, batch_size: int, voice: Tensor | None = None):
+        """`voice`: of who speaks, to be told the decoder of a codec that can be."""
+        self.codec, self.batch_size, self.told = codec, batch_size, () if voice is None else (voice,)
         self.delay_samples = codec.delay_samples
         self.reset()
 
     def reset(self) -> None:
-        self.state = self.codec.decoder_state(self.batch_size)
+        self.state = self.codec.decoder_state(self.batch_size, *self.told)
 
     @torch.no_grad()
     def push(self, codes: Tensor) -> Tensor:
@@ -185,10 +192,10 @@ def encode_whole(codec: Codec, wave: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_whole(codec: Codec, codes: Tensor) -> Tensor:
+def decode_whole(codec: Codec, codes: Tensor, voice: Tensor | None = None) -> Tensor:
     """`AudioTokenizer.decode` by one stream."""
     check_codes(codes, codec.config)
-    stream = DecoderStream(codec, len(codes))
+    stream = DecoderStream(codec, len(codes), voice)
     return torch.cat([stream.push(codes), stream.flush()], dim=1)[:, codec.delay_samples :]
 
 

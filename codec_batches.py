@@ -26,6 +26,7 @@ BUMP_HZ = (500.0, 4000.0)  # its centre
 NO_PHONE = -1
 MASKED = 0.2  # share of an utterance's frames that are silenced, in spans
 SPAN_FRAMES = 2
+UNTOLD = 0.1  # share of the crops with guessed codes whose decoder is not told who speaks
 
 
 class Depths(NamedTuple):
@@ -65,37 +66,50 @@ class Crops:
             yield torch.from_numpy(padded)[None]
 
 
+class Coded(NamedTuple):
+    """A clip with codes that stand for it, made by something else than the tokenizer."""
+
+    pcm: np.ndarray  # (N,) int16
+    codes: np.ndarray  # (T, S)
+    beside: np.ndarray  # (R, W) statistics of other clips of the speaker
+
+
 class CodedCrops:
-    """Clips with codes that stand for them, made by something else than the tokenizer; batches as those of `Crops`."""
+    """Crops of such clips; every batch is a function of seed and step alone."""
 
-    def __init__(self, clips: Iterable[tuple[np.ndarray, np.ndarray]], n_frames: int):
-        """Samples as of `Crops` and (T, S) codes of each clip; those with fewer than `n_frames` frames are left out.
-
-        ValueError: none is left, or codes of another length than their clip.
-        """
+    def __init__(self, clips: Iterable[Coded], n_frames: int):
+        """Those of fewer than `n_frames` frames are left out. ValueError: none is left, or codes of another length."""
         self.n_frames, self.clips = n_frames, []
-        for samples, codes in clips:
-            if len(codes) != -(-len(samples) // FRAME_SAMPLES):
-                raise ValueError(f"{len(codes)} frames of codes do not fit a clip of {len(samples)} samples")
-            if len(codes) >= n_frames:
-                self.clips.append((to_pcm16(samples), codes))
+        for clip in clips:
+            if len(clip.codes) != -(-len(clip.pcm) // FRAME_SAMPLES):
+                raise ValueError(f"{len(clip.codes)} frames of codes do not fit a clip of {len(clip.pcm)} samples")
+            if len(clip.codes) >= n_frames:
+                self.clips.append(clip)
         if not self.clips:
             raise ValueError(f"no clip lasts {n_frames} frames, the crop_frames; give fewer")
-        lengths = np.array([len(codes) for _, codes in self.clips], dtype=np.float64)
+        lengths = np.array([len(clip.codes) for clip in self.clips], dtype=np.float64)
         self.share = lengths / lengths.sum()
 
-    def batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """(B, n_frames * FRAME_SAMPLES) and (B, n_frames, S) int64 of the same moments, at the level of the clips."""
+    @property
+    def statistics(self) -> Tensor:
+        """(M, W) of all clips beside those of a batch."""
+        return torch.from_numpy(np.concatenate([clip.beside for clip in self.clips]))
+
+    def batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n_frames * FRAME_SAMPLES) at the level of the clips, (B, n_frames, S) int64 codes of the same moments,
+        and (B, W) statistics of another clip of each speaker: nan where there is none, and in some samples anyway."""
         random, n = np.random.default_rng([seed, step, 6]), self.n_frames
         wave = np.zeros((batch_size, n * FRAME_SAMPLES), dtype=np.float32)
-        chosen = []
-        for row, index in zip(wave, random.choice(len(self.clips), batch_size, p=self.share), strict=True):
-            samples, codes = self.clips[index]
-            first = random.integers(len(codes) - n + 1)
-            piece = samples[first * FRAME_SAMPLES : (first + n) * FRAME_SAMPLES]
-            row[: len(piece)] = piece / np.float32(32768)
-            chosen.append(codes[first : first + n].astype(np.int64))
-        return torch.from_numpy(wave), torch.from_numpy(np.stack(chosen))
+        codes, beside = [], np.full((batch_size, self.clips[0].beside.shape[1]), np.nan, dtype=np.float32)
+        for row, index in enumerate(random.choice(len(self.clips), batch_size, p=self.share)):
+            clip = self.clips[index]
+            first = random.integers(len(clip.codes) - n + 1)
+            piece = clip.pcm[first * FRAME_SAMPLES : (first + n) * FRAME_SAMPLES]
+            wave[row, : len(piece)] = piece / np.float32(32768)
+            codes.append(clip.codes[first : first + n].astype(np.int64))
+            if len(clip.beside) and random.random() >= UNTOLD:
+                beside[row] = clip.beside[random.integers(len(clip.beside))]
+        return torch.from_numpy(wave), torch.from_numpy(np.stack(codes)), torch.from_numpy(beside)
 
 
 def draw_depths(seed: int, step: int, batch_size: int, n_semantic: int, n_acoustic: int) -> Depths:

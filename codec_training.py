@@ -59,6 +59,7 @@ class TrainConfig:
     keep_codes: bool = False
     spoken_by: str = ""
     spoken_share: float = 0.5
+    voiced: bool = False
     max_steps: int = 1000
     stage_a: float = 0.2
     stage_c: float = 0.4
@@ -129,6 +130,8 @@ class TrainConfig:
             )
         if self.spoken_by and not self.keep_codes:
             raise ValueError("spoken_by is for the decoder of codes that a speech model knows: give keep_codes too")
+        if self.voiced and not self.spoken_by:
+            raise ValueError("voiced tells the decoder who says what a speech model guesses: give spoken_by too")
         if self.adversarial and not (self.stage_c or self.keep_codes):
             raise ValueError(f"adversarial={self.adversarial} needs a stage_c above 0")
         heard = math.ceil((MIN_SAMPLES + DELAY_SAMPLES) / FRAME_SAMPLES)
@@ -156,6 +159,7 @@ HELP = {
     "keep_codes": "train the decoder of init_from alone: speech models go on understanding its codes",
     "spoken_by": "folder of a speech model whose guesses of the codes the decoder learns to speak; needs keep_codes",
     "spoken_share": "share of the crops whose codes are guesses of spoken_by",
+    "voiced": "the decoder is told who speaks by another clip of the conversation; needs spoken_by",
     "max_steps": "optimizer steps; the default takes about 10 minutes on 2 idle CPU cores",
     "stage_a": "share of the steps without quantisers, at the start",
     "stage_c": "share of the steps for the decoder alone, at the end, with final codes",
@@ -236,9 +240,14 @@ class Run:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Decay grows from 0.1 so that the average forgets the random start."""
+        """Decay grows from 0.1 so that the average forgets the random start.
+
+        What is frozen stays as it is, to the last bit: a mean of equal numbers can turn -0 to 0, another fingerprint.
+        """
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        means, learning = zip(*((mean, own) for mean, own in pairs if own.requires_grad), strict=True)
+        torch._foreach_lerp_(means, learning, 1 - decay)
 
     def averaged(self) -> RVQTokenizer:
         """The model to evaluate and export: averaged weights with the present codebooks."""
@@ -282,9 +291,12 @@ def build_run(
             f"init_from={config.init_from} is Mimi, which is not trained here; give a folder of this script"
         )
     begun = load_tokenizer(config.init_from) if config.init_from else None
-    model = RVQTokenizer(begun.config if begun else PRESETS[config.preset])
+    told = config.voiced or (begun is not None and begun.voice is not None)
+    model = RVQTokenizer(begun.config if begun else PRESETS[config.preset], voiced=told)
     if begun:
-        model.load_state_dict(begun.state_dict())
+        model.load_state_dict(begun.state_dict(), strict=not config.voiced)
+    if config.voiced and begun.voice is None:
+        model.voice.fit(spoken.statistics)
     model = model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     heads = discriminators = teller = None
@@ -330,7 +342,7 @@ def make_optimizers(
     groups = {(side, muon): [] for side in (True, False) for muon in (True, False)}
     for name, p in model.named_parameters():
         muon = p.ndim == 2 and not name.endswith(("head.weight", "lift.weight", *BY_DEPTH))
-        groups[name.startswith(("decoder.", "semantic_out.", "acoustic_out.", *BY_DEPTH)), muon].append(p)
+        groups[name.startswith(("decoder.", "voice.", "semantic_out.", "acoustic_out.", *BY_DEPTH)), muon].append(p)
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     others, matrices = (
         [{"params": groups[side, muon], "decoder": side, "factor": 1} for side in (True, False)]
@@ -353,11 +365,11 @@ def reconstruct(
     depths: Depths,
     stage: str,
     disguise: Disguise | None = None,
-    given: Tensor | None = None,
+    *guessed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(B, N) -> the reconstruction without its last 30 ms, where the decoder lacks the frames to come; commitment.
 
-    `given` as in `RVQTokenizer.decode_frozen`, whose stage is the only one that knows it.
+    `guessed` are the last arguments of `RVQTokenizer.decode_frozen`, whose stage is the only one that knows them.
     """
     share, commitment = run.config.content_gradient, wave.new_zeros(())
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
@@ -366,7 +378,7 @@ def reconstruct(
         elif stage == QUANTISED:
             estimate, _, commitment = run.model(wave, *depths, share, disguise)
         else:
-            estimate = run.model.decode_frozen(wave, *depths, given)
+            estimate = run.model.decode_frozen(wave, *depths, *guessed)
     return estimate[:, : wave.size(1) - run.model.delay_samples], commitment
 
 
@@ -473,10 +485,10 @@ def train_step(run: Run) -> dict[str, float]:
     wave = run.crops.batch(c.seed, step, c.batch_size, c.crop_frames * FRAME_SAMPLES)[mine].to(run.device)
     shape = run.model.config
     depths = draw_depths(c.seed, step, c.batch_size, shape.n_semantic, shape.n_acoustic_codebooks)
-    depths, given = Depths(*(depth[mine].to(run.device) for depth in depths)), None
+    depths, guessed = Depths(*(depth[mine].to(run.device) for depth in depths)), ()
     if run.spoken is not None:
-        wave, depths, given = speak_some(run, wave, depths)
-    estimate, commitment = reconstruct(run, wave, depths, stage, disguise_of(run, c.batch_size), given)
+        wave, depths, *guessed = speak_some(run, wave, depths)
+    estimate, commitment = reconstruct(run, wave, depths, stage, disguise_of(run, c.batch_size), *guessed)
     terms = {**spectral_terms(run, estimate, wave), "commitment": commitment}
     if stage == DECODER and c.hearing:
         heard = heard_terms(run, estimate, wave, depths)
@@ -495,18 +507,20 @@ def train_step(run: Run) -> dict[str, float]:
     return {**update(run, terms), "train/lr": lr_at(step, c, decoder=True)}
 
 
-def speak_some(run: Run, wave: Tensor, depths: Depths) -> tuple[Tensor, Depths, Tensor]:
-    """Some of this process's crops become those with codes that a speech model guessed. These codes, -1 for the others.
+def speak_some(run: Run, wave: Tensor, depths: Depths) -> tuple[Tensor, Depths, Tensor, Tensor | None]:
+    """Some of this process's crops become those with codes that a speech model guessed. These codes, -1 for the others,
+    and what the decoder is told of who says them, if it is.
 
     Guesses are of the semantic codebooks: no acoustic ones are heard with them.
     """
     c = run.config
     mine = run.ranks.share_of(c.batch_size)
-    said, codes = (part[mine].to(run.device) for part in run.spoken.batch(c.seed, run.step, c.batch_size))
+    said, codes, beside = (part[mine].to(run.device) for part in run.spoken.batch(c.seed, run.step, c.batch_size))
     spoken = (torch.arange(c.batch_size) < c.spoken_share * c.batch_size)[mine].to(run.device)  # (B,)
     wave = torch.where(spoken[:, None], said, wave)
     depths = depths._replace(acoustic=depths.acoustic.masked_fill(spoken, 0))
-    return wave, depths, codes.masked_fill(~spoken[:, None, None], -1)
+    told = beside.masked_fill(~spoken[:, None], torch.nan) if c.voiced else None
+    return wave, depths, codes.masked_fill(~spoken[:, None, None], -1), told
 
 
 def disguise_of(run: Run, batch_size: int, which: int = 0) -> Disguise | None:

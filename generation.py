@@ -306,8 +306,22 @@ class Conversation:
 
     def has_spoken(self, speaker: int) -> bool:
         """Whether a turn of the speaker is in the window."""
+        return any(self._turns_of(speaker))
+
+    def _turns_of(self, speaker: int) -> Iterator[Turn]:
         prompt = turn_prompt(self.text_tokenizer, speaker)
-        return any(turn.text_ids[: len(prompt)] == prompt for turn in self.turns)
+        return (turn for turn in self.turns if turn.text_ids[: len(prompt)] == prompt)
+
+    def shown_voice(self, speaker: int) -> Tensor | None:
+        """What the tokenizer's decoder is told of who says semantic codes alone: by the pinned turn, or else the oldest
+        in the window, that was heard with all codebooks. None: there is none, or the decoder cannot be told."""
+        if self.speaker.n_codebooks > self.model.config.n_semantic:
+            return None  # the acoustic codes have it
+        pinned = [self.voices[speaker]] if speaker in self.voices else []
+        for turn in (*pinned, *self._turns_of(speaker)):
+            if turn.codes is not None and turn.codes.size(1) == self.layout.n_codebooks:
+                return self.tokenizer.voice_of(turn.codes.to(self.device))
+        return None
 
     def pinned_rows(self, but: int | None = None) -> int:
         """Rows of the window that show voices, without that of one speaker."""
@@ -373,7 +387,7 @@ class Conversation:
         turn = Turn(list(ids), None, len(prompt), order, gap_seconds * FRAME_RATE)
         with self._whole_or_none(before):
             self.clock.begin_turn(turn.gap)
-            self.ended, frames = False, _Frames(self)
+            self.ended, frames = False, _Frames(self, speaker)
             with contextlib.suppress(GeneratorExit):  # the caller has stopped reading
                 yield from self._spoken(turn, frames)
             if (wanted := frames.wanted(all_of_them=True)) is not None:
@@ -614,9 +628,9 @@ class Conversation:
 class _Frames:
     """The frames of a turn being spoken: stage 1 now, stage 2 and the decoder when a batch is full."""
 
-    def __init__(self, conversation: Conversation):
+    def __init__(self, conversation: Conversation, speaker: int):
         self.c = conversation
-        self.decoder = conversation.tokenizer.decoder_stream(1)
+        self.decoder = conversation.tokenizer.decoder_stream(1, conversation.shown_voice(speaker))
         self.lead_in = self.decoder.delay_samples
         self.first: list[Tensor] = []  # (k,) codes of stage 1, of every frame
         self.states: list[Tensor] = []  # (1, D) of those that wait for stage 2

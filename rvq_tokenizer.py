@@ -42,6 +42,7 @@ HOP = 240  # samples, 10 ms
 FINE = FRAME_SAMPLES // HOP  # 8 fine frames per codec frame
 OVERLAP = FFT // HOP - 1  # a fine frame shares samples with the next 3
 DELAY_SAMPLES = FFT - HOP  # the decoder's output lags its codes by 720 samples, 30 ms
+D_VOICE = 128  # width of the hidden layer that hears who speaks
 KERNEL = 7  # frames seen by a depthwise convolution
 LOG_MEL_FLOOR = 1e-5
 FEW_FRAMES = 128  # up to here a depthwise convolution takes longer to start than to compute
@@ -227,6 +228,7 @@ class DecoderState(NamedTuple):
     coarse: Tensor  # (n_coarse, B, KERNEL - 1, d_branch)
     fine: Tensor  # (n_fine, B, KERNEL - 1, d_decoder)
     overlap: Tensor  # (B, OVERLAP, HOP) what fine frames gave beyond the last sample that went out
+    voice: Tensor | None = None  # (B or 1, 1, d_branch) what the decoder was told of who speaks
 
 
 class Decoder(nn.Module):
@@ -257,7 +259,7 @@ class Decoder(nn.Module):
         fine, fine_state = self.fine(spread, state.fine)
         blocks = self.overlap_add(self.synthesize(fine), state.overlap)  # (B, F + OVERLAP, HOP)
         wave = blocks[:, :-OVERLAP].flatten(1)
-        return wave, DecoderState(coarse_state, fine_state, blocks[:, -OVERLAP:].clone())
+        return wave, DecoderState(coarse_state, fine_state, blocks[:, -OVERLAP:].clone(), state.voice)
 
     def synthesize(self, fine: Tensor) -> Tensor:
         """(B, F, d_decoder) -> windowed frames (B, F, FFT): log-magnitude and phase from one layer, in float32."""
@@ -307,6 +309,36 @@ class ExactEncoder:
         return [moves, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
 
+class Voice(nn.Module):
+    """What the decoder is told of who speaks, from the statistics of a clip's codes.
+
+    A speech model's guesses of the semantic codes say the words and little of the voice (`spoken_codes.py`); a clip of
+    the speaker has it in all of its codes.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.width = 4 * config.codebook_dim  # mean and spread of content and acoustic latents
+        self.register_buffer("centre", torch.zeros(self.width))
+        self.register_buffer("spread", torch.ones(self.width))
+        self.hidden = nn.Linear(self.width, D_VOICE)
+        self.out = nn.Linear(D_VOICE, config.d_branch)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)  # nothing is told at first
+
+    @torch.no_grad()
+    def fit(self, statistics: Tensor) -> None:
+        """(M, width) of many clips: what they have in common says nothing."""
+        self.centre.copy_(statistics.mean(dim=0))
+        self.spread.copy_(statistics.std(dim=0, correction=0).clamp(min=1e-3))
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        """(B, width), nan where nothing is known of the speaker -> (B, 1, d_branch)"""
+        told = ~statistics.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        normal = ((statistics - self.centre) / self.spread).nan_to_num()
+        return (self.out(F.gelu(self.hidden(normal))) * told)[:, None]
+
+
 class Reconstruction(NamedTuple):
     wave: Tensor  # (B, N)
     codes: Tensor  # (B, T, K) int64
@@ -318,7 +350,8 @@ class RVQTokenizer(AudioTokenizer):
 
     delay_samples = DELAY_SAMPLES
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerConfig, voiced: bool = False):
+        """`voiced`: its decoder can be told who speaks."""
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -332,6 +365,7 @@ class RVQTokenizer(AudioTokenizer):
         self.known_depth = nn.Parameter(torch.zeros(config.n_acoustic_codebooks + 1, config.d_branch))
         self.depth_gain = nn.Parameter(torch.ones(config.n_acoustic_codebooks + 1, config.d_branch))
         self.decoder = Decoder(config)
+        self.voice = Voice(config) if voiced else None
         self.exact: ExactEncoder | None = None  # made at the first use
 
     @property
@@ -352,10 +386,13 @@ class RVQTokenizer(AudioTokenizer):
         heard = self.acoustic_out(acoustic) * self.depth_gain[acoustic_depth, None]
         return self.semantic_out(content) + heard + self.known_depth[acoustic_depth, None]
 
-    def synthesize(self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor) -> Tensor:
+    def synthesize(
+        self, content: Tensor, acoustic: Tensor, acoustic_depth: Tensor, voice: Tensor | None = None
+    ) -> Tensor:
         """Latents after quantisation, each (B, T, codebook_dim), and how many acoustic codebooks each sample has (B,)
-        -> (B, T * FRAME_SAMPLES), aligned with the input."""
+        -> (B, T * FRAME_SAMPLES), aligned with the input. `voice` (B, 1, d_branch) is that of who speaks."""
         mixed = self.mix(content, acoustic, acoustic_depth)
+        mixed = mixed if voice is None else mixed + voice
         wave, state = self.decoder(mixed, self.decoder.initial_state(len(mixed)))
         return torch.cat([wave, self.decoder.finish(state)], dim=1)[:, DELAY_SAMPLES:]
 
@@ -389,12 +426,18 @@ class RVQTokenizer(AudioTokenizer):
         return Reconstruction(self.synthesize(semantic.latents, detail.latents, acoustic_depth), codes, commitment)
 
     def decode_frozen(
-        self, wave: Tensor, semantic_depth: Tensor, acoustic_depth: Tensor, given: Tensor | None = None
+        self,
+        wave: Tensor,
+        semantic_depth: Tensor,
+        acoustic_depth: Tensor,
+        given: Tensor | None = None,
+        statistics: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, but encoder and codebooks stay as they are and take no gradient: (B, N) -> (B, N).
 
         Codes are found in float32 under any autocast: in bfloat16 one in eight would not be that of `encode`. `given`
-        (B, T, S) are semantic codes to be used in their place; below 0 in the samples that keep their own.
+        (B, T, S) are semantic codes to be used in their place; below 0 in the samples that keep their own. `statistics`
+        (B, width) are those of clips of who speaks, of a tokenizer that is `voiced`.
         """
         with torch.no_grad(), torch.autocast(wave.device.type, enabled=False):
             content, acoustic = self.latents(wave)
@@ -402,7 +445,22 @@ class RVQTokenizer(AudioTokenizer):
             if given is not None:
                 content = torch.where(given[:, :, :1] < 0, content, self.semantic.decode(given.clamp(min=0)))
             acoustic = self.acoustic.nearest(acoustic, acoustic_depth)
-        return self.synthesize(content, acoustic, acoustic_depth)
+        voice = None if statistics is None else self.voice(statistics)
+        return self.synthesize(content, acoustic, acoustic_depth, voice)
+
+    @torch.no_grad()
+    def statistics(self, codes: Tensor) -> Tensor:
+        """(T, K) codes of a clip -> (width,) what `Voice` makes a voice of."""
+        S = self.config.n_semantic
+        latents = torch.cat([self.semantic.decode(codes[:, :S]), self.acoustic.decode(codes[:, S:])], dim=1)
+        return torch.cat([latents.mean(dim=0), latents.std(dim=0, correction=0)])
+
+    @torch.no_grad()
+    def voice_of(self, codes: Tensor) -> Tensor | None:
+        """(1, 1, d_branch) of (T, K) codes; None of fewer codebooks, or without a decoder that was trained for it."""
+        if self.voice is None or not len(codes) or codes.size(1) < self.config.n_codebooks:
+            return None
+        return self.voice(self.statistics(codes)[None])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, T, K') -> the decoder's input (B, T, d_branch)."""
@@ -430,12 +488,13 @@ class RVQTokenizer(AudioTokenizer):
         books = (self.exact.semantic, self.exact.acoustic)
         return torch.cat([b.encode(x) for b, x in zip(books, (content, acoustic), strict=True)], dim=-1), state
 
-    def decoder_state(self, batch_size: int) -> DecoderState:
-        return self.decoder.initial_state(batch_size)
+    def decoder_state(self, batch_size: int, voice: Tensor | None = None) -> DecoderState:
+        return self.decoder.initial_state(batch_size)._replace(voice=voice)
 
     def decode_frames(self, codes: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """(B, T, K') -> (B, T * FRAME_SAMPLES), late by `DELAY_SAMPLES`, and the new state."""
-        return self.decoder(self.lookup(codes), state)
+        mixed = self.lookup(codes)
+        return self.decoder(mixed if state.voice is None else mixed + state.voice, state)
 
     def decode_end(self, state: DecoderState) -> Tensor:
         return self.decoder.finish(state)
@@ -454,7 +513,8 @@ def load_tokenizer(folder: Path | str, device: torch.device | str = "cpu") -> Au
         return load_mimi(folder).to(device)
     config, tensors = load_weights(Path(folder), KIND, "python train_tokenizer.py")
     try:
-        tokenizer = RVQTokenizer(TokenizerConfig(**config))
+        voiced = any(name.startswith("voice.") for name in tensors)
+        tokenizer = RVQTokenizer(TokenizerConfig(**config), voiced)
     except TypeError as error:
         raise ValueError(f"{folder}: config.json is of another version ({error})") from error
     load_into(tokenizer, tensors, str(folder))

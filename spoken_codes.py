@@ -4,7 +4,7 @@ The decoder of a tokenizer knows the codes of its own encoder. A speech model dr
 the first is read from the text, the later ones are guesses, and the decoder makes worse speech of guesses. Here the
 model guesses the semantic codes of turns that are there, frame by frame, so that every guess has the audio that was
 meant beside it (as vocoders are tuned on predicted spectrograms, HiFi-GAN, arXiv 2010.05646, 4.4). Letters: T rows,
-n frames, K codebooks, S semantic ones.
+n frames, K codebooks, S semantic ones, R clips, W statistics.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dataset_pipeline import ConversationDataset, Sample
 from frames import IGNORE, Rows
 from inference_model import InferenceModel
+from rvq_tokenizer import RVQTokenizer
 
 PASSES = 2  # in the first the model sees the true codes of what came before, then its guesses of them
 
@@ -54,6 +55,19 @@ def guessed_turns(model: InferenceModel, dataset: ConversationDataset) -> dict[s
         rows = dataset.collate([[sample]], seeds=None)
         codes = guess_codes(model, rows, model.config.n_semantic).numpy().astype(np.uint16)
         found |= by_turn(dataset, sample, codes)
+    return found
+
+
+def voices_beside(tokenizer: RVQTokenizer, dataset: ConversationDataset) -> dict[str, np.ndarray]:
+    """Of every turn (R, W): the statistics of the codes of the speaker's other turns in its conversation."""
+    found: dict[str, np.ndarray] = {}
+    for conversation in dataset.conversations:
+        ids = [turn.utt_id for turn in conversation.turns]
+        codes = (torch.from_numpy(dataset.cache.codes[utt_id].astype(np.int64)) for utt_id in ids)
+        own = np.stack([tokenizer.statistics(each.to(tokenizer.device)).cpu().numpy() for each in codes])
+        speakers = np.array(conversation.speakers)
+        for i, utt_id in enumerate(ids):
+            found[utt_id] = own[(speakers == speakers[i]) & (np.arange(len(ids)) != i)]
     return found
 
 

@@ -29,7 +29,7 @@ from architecture import load_model
 from audio import FRAME_SAMPLES, SAMPLE_RATE, to_pcm16, write_wav
 from audio_tokenizer import fingerprint
 from checkpointing import load_newest_state, save_state, write_atomically
-from codec_batches import CodedCrops, Crops, Utterances
+from codec_batches import Coded, CodedCrops, Crops, Utterances
 from codec_training import (
     CONTINUOUS,
     HELP,
@@ -61,7 +61,7 @@ from residual_quantizer import codebook_use
 from run_folder import RunLog, plot_metrics, read_settings, refuse_other_settings
 from rvq_tokenizer import load_tokenizer, save_tokenizer
 from semantic_teacher import teacher_features
-from spoken_codes import guessed_turns
+from spoken_codes import guessed_turns, voices_beside
 from turn_shards import TurnRecord, data_digest, ledgers
 
 RESULTS = "results.json"  # written last: its presence means the run is complete
@@ -227,8 +227,9 @@ def speak_along(config: TrainConfig, data: Path, audio: Audio, device: torch.dev
     """
     tokenizer, model = load_tokenizer(config.init_from, device), load_model(Path(config.spoken_by), device)
     check_tokenizer(model.config, tokenizer)
-    guesses = guessed_turns(InferenceModel(model), as_read_by(model.config, data, "train", tokenizer))
-    clips = [(samples, guesses[turn.utt_id]) for turn, samples in audio.own]
+    dataset = as_read_by(model.config, data, "train", tokenizer)
+    guesses, beside = guessed_turns(InferenceModel(model), dataset), voices_beside(tokenizer, dataset)
+    clips = [Coded(samples, guesses[turn.utt_id], beside[turn.utt_id]) for turn, samples in audio.own]
     return CodedCrops(clips, config.crop_frames), fingerprint(model.config, model)
 
 

@@ -1,4 +1,4 @@
-"""A voice that reads numbers, times, dates and prices, from a fresh clone to an exported folder, in eight steps.
+"""A voice that reads numbers, times, dates and prices, from a fresh clone to an exported folder, in seven steps.
 
     ./run_experiment.sh full [--scale smoke] [--out DIR]      (run_experiment.bat full ... on Windows)
 
@@ -33,7 +33,6 @@ class Scale:
     hours: float
     codec_steps: int
     model_steps: int
-    decoder_steps: int
     every: int  # steps between evaluations, saves and what is spoken
     texts: int  # spoken each time
     clips: int  # of the report
@@ -41,8 +40,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale("runs/voice", 2, 1600, 2400, 1500, 300, 32, 24, 20),
-    "smoke": Scale("runs/smoke", 0.12, 20, 4, 4, 2, 2, 2, 2),
+    "full": Scale("runs/voice", 2, 1600, 2400, 300, 32, 24, 20),
+    "smoke": Scale("runs/smoke", 0.12, 20, 4, 2, 2, 2, 2),
 }
 
 
@@ -67,18 +66,13 @@ def steps(s: Scale, out: str) -> list[tuple[str, str]]:
             f"{every} --speak_codebooks 1 --speak_temperature 0.6",
         ),
         (
-            "Decoder: the tokenizer's learns to speak what the model guesses of the codes",
-            "train_tokenizer.py --data OUT/data --init_from OUT/tokenizer --keep_codes --spoken_by OUT/nano/best "
-            f"--out OUT/decoder --max_steps {s.decoder_steps} --lr 1e-3 --save_every 200",
-        ),
-        (
             "Evaluation: held-out sentences",
-            "evaluation_framework.py --data OUT/data --tokenizer OUT/decoder --checkpoint OUT/nano/best "
+            "evaluation_framework.py --data OUT/data --tokenizer OUT/tokenizer --checkpoint OUT/nano/best "
             f"--codebooks 10 --temperature 0 --max_clips {s.clips} --max_replies {s.clips} --out OUT/report",
         ),
         (
             "Export: half precision, one folder",
-            "export_voice.py --checkpoint OUT/nano/best --run OUT/nano --tokenizer OUT/decoder --data OUT/data "
+            "export_voice.py --checkpoint OUT/nano/best --run OUT/nano --tokenizer OUT/tokenizer --data OUT/data "
             "--codebooks 10 --temperature 0 --one_sentence --float8 depth_heads --text_per_chunk 200 --out OUT/voice",
         ),
         (

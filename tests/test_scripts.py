@@ -90,7 +90,7 @@ def test_every_step_calls_a_file_with_flags_it_knows():
 
 
 def test_every_step_of_the_recipe_calls_a_file_with_flags_it_knows():
-    assert len(steps_of_recipe()) == 7
+    assert len(steps_of_recipe()) == 6
     settings = {"train.py": read("training_config.py"), "train_tokenizer.py": read("codec_training.py")}  # make flags
     for script, *flags in steps_of_recipe():
         for flag in flags:
@@ -150,11 +150,11 @@ def test_the_full_experiment_runs_the_steps_of_its_recipe_at_the_scale_asked_for
     assert done.returncode == 0, done.stderr
     called = (small_experiment / "steps.txt").read_text().splitlines()
     assert called[1:] == [" ".join(words) for words in steps_of_recipe("smoke", "a place")]
-    assert "--target_hours 0.12 --out a place/data" in called[1] and "[8/8]" in done.stdout
+    assert "--target_hours 0.12 --out a place/data" in called[1] and "[7/7]" in done.stdout
     (small_experiment / "train.py").write_text("raise SystemExit(4)")
     failed = run_bash(script, *asked)
     assert failed.returncode == 4
-    assert "step 4 of 8 stopped with exit code 4" in failed.stderr
+    assert "step 4 of 7 stopped with exit code 4" in failed.stderr
     assert "to go on: ./run_experiment.sh full --scale smoke --out a place" in failed.stderr
     for wrong in (("full", "--scale", "big"), ("full", "more"), ("more",)):
         refused = run_bash(script, *wrong)

@@ -307,6 +307,17 @@ def test_decoder_trained_further_keeps_the_codes_and_comes_nearer_to_the_audio(
     assert weights(tmp_path / "at_once") == weights(out)
 
 
+def test_decoder_trained_further_leaves_a_rounded_tokenizer_its_fingerprint(whole, shared_data, tmp_path):
+    rounded = load_tokenizer(whole)
+    with torch.no_grad():
+        for parameter in rounded.encoder.parameters():
+            parameter.view(-1)[0] = -0.0  # what half precision makes of the smallest numbers
+    save_tokenizer(rounded, tmp_path / "rounded")
+    further = {"init_from": tmp_path / "rounded", "keep_codes": True, "max_steps": 3}
+    assert run(main, arguments(shared_data, tmp_path / "out", **further)) == EXIT_DONE
+    assert load_tokenizer(tmp_path / "out").fingerprint() == rounded.fingerprint()
+
+
 def speaker_of(tokenizer: Path, folder: Path, seed: int = 0) -> Path:
     """A speech model of random weights that knows the codes of a tokenizer of this script."""
     model = full_model(seed, n_codebooks=32, n_semantic=10, audio_tokenizer=load_tokenizer(tokenizer).fingerprint())
