@@ -78,6 +78,15 @@ def tiny_tokenizer(seed: int = 0) -> RVQTokenizer:
     return tokenizer.eval()
 
 
+def voiced_tokenizer(seed: int = 0) -> RVQTokenizer:
+    """`tiny_tokenizer` with a decoder that is told who speaks, and listens to it."""
+    tokenizer = tiny_tokenizer(seed)
+    voiced = RVQTokenizer(tokenizer.config, voiced=True)
+    voiced.load_state_dict(tokenizer.state_dict(), strict=False)
+    torch.nn.init.normal_(voiced.voice.out.weight)
+    return voiced.eval()
+
+
 def voice(seconds: float, pitch: float, rate: int = 16_000, level: float = 0.1) -> np.ndarray:
     """A buzz with harmonics and a syllable rhythm: audible, voiced, never silent for long."""
     t = np.arange(int(seconds * rate)) / rate

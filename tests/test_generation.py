@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import full_model, tiny_model, tiny_tokenizer, voice
+from conftest import full_model, tiny_model, tiny_tokenizer, voice, voiced_tokenizer
 
 from conversational_memory import MemoryState
 from frames import IGNORE, Clock, Rows, Turn, concatenate
@@ -769,3 +769,27 @@ def test_damaged_weights_are_told_and_the_turn_was_none(tokenizer, temperature):
     with torch.no_grad():
         model.codebook0_head.weight.copy_(whole)
     assert len(talk.speak(1, "And you?").codes) and len(talk.turns) == 2
+
+
+def test_a_reply_of_semantic_codes_sounds_as_the_clip_of_its_speaker_tells():
+    model, tokenizer = full_model(seed=3), voiced_tokenizer()
+    sampling = dataclasses.replace(LASTING, codebooks=2)
+    clips = [some_codes(9, seed) for seed in (1, 2, 3)]
+    talk = Conversation(model, tokenizer, TEXT, sampling=sampling)
+    assert talk.shown_voice(0) is None
+    reply = talk.speak(0, "one two")  # nothing is known of the voice
+    assert torch.allclose(torch.from_numpy(reply.samples), tokenizer.decode(reply.codes[None])[0], atol=1e-5)
+    talk.add_turn(1, "another", codes=clips[0])
+    assert talk.shown_voice(0) is None  # what it said itself has no acoustic codes
+    talk.add_turn(0, "three", codes=clips[1])
+    talk.add_turn(0, "four", codes=clips[2])
+    assert torch.equal(talk.shown_voice(0), tokenizer.voice_of(clips[1]))  # the oldest: what it says later may drift
+    reply = talk.speak(0, "five")
+    told = tokenizer.decode(reply.codes[None], tokenizer.voice_of(clips[1]))[0]
+    assert torch.allclose(torch.from_numpy(reply.samples), told, atol=1e-5)
+    assert not torch.allclose(told, tokenizer.decode(reply.codes[None])[0], atol=1e-3)
+    talk.add_turn(0, "six", codes=clips[2], pinned=True)
+    assert torch.equal(talk.shown_voice(0), tokenizer.voice_of(clips[2]))
+    every = Conversation(model, tokenizer, TEXT, sampling=dataclasses.replace(sampling, codebooks=None))
+    every.add_turn(0, "three", codes=clips[1], pinned=True)
+    assert every.shown_voice(0) is None  # its own acoustic codes have the voice

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_tokenizer, voice
+from conftest import tiny_tokenizer, voice, voiced_tokenizer
 
 import audio_tokenizer
 import rvq_tokenizer
@@ -264,6 +264,59 @@ def test_fingerprint_changes_with_what_makes_codes_and_not_with_what_decodes_the
         with torch.no_grad():
             weight.view(-1)[0] += 1e-3
         assert other.fingerprint() != before
+
+
+def random_codes(n_frames: int, n_codebooks: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randint(16, (n_frames, n_codebooks), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_decoder_that_is_told_a_voice_follows_it_also_in_a_stream_and_after_loading(tmp_path):
+    tokenizer = voiced_tokenizer()
+    own, other = (tokenizer.voice_of(random_codes(9, seed=seed)) for seed in (1, 2))
+    codes = random_codes(7, n_codebooks=2)[None]
+    told, otherwise, untold = (tokenizer.decode(codes, voice) for voice in (own, other, None))
+    assert not torch.allclose(told, untold) and not torch.allclose(told, otherwise)
+    stream = tokenizer.decoder_stream(1, own)
+    for _ in range(2):  # flushed, it tells the same voice again
+        parts = [stream.push(codes[:, :3]), stream.push(codes[:, 3:]), stream.flush()]
+        assert torch.allclose(torch.cat(parts, dim=1)[:, tokenizer.delay_samples :], told, atol=1e-5)
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert torch.equal(loaded.decode(codes, loaded.voice_of(random_codes(9, seed=1))), told)
+    assert loaded.fingerprint() == tiny_tokenizer().fingerprint()  # codes mean what they did
+
+
+def test_nothing_is_told_by_a_clip_without_all_codebooks_or_to_a_decoder_that_knows_no_voices(tokenizer):
+    voiced = voiced_tokenizer()
+    assert tokenizer.voice_of(random_codes(9)) is None
+    assert voiced.voice_of(random_codes(9, n_codebooks=2)) is None and voiced.voice_of(random_codes(0)) is None
+    unknown = torch.full((1, voiced.voice.width), torch.nan)
+    known = voiced.statistics(random_codes(9))[None]
+    both = voiced.voice(torch.cat((unknown, known)))
+    assert not both[0].any() and torch.allclose(both[1:], voiced.voice(known), atol=1e-5) and both[1].any()
+
+
+def test_what_all_clips_have_in_common_says_nothing_of_a_voice():
+    voice = voiced_tokenizer().voice
+    clips = torch.randn(50, voice.width) * torch.linspace(0, 3, voice.width) + 5  # the first is the same in all
+    voice.fit(clips)
+    normal = (clips - voice.centre) / voice.spread
+    assert torch.allclose(normal.mean(dim=0), torch.zeros(voice.width), atol=1e-4)
+    assert torch.allclose(normal.std(dim=0, correction=0)[1:], torch.ones(voice.width - 1), atol=1e-3)
+    assert normal[:, 0].abs().max() < 1e-2
+
+
+def test_frozen_decoding_of_given_codes_and_a_voice_equals_decoding_these():
+    tokenizer = voiced_tokenizer()
+    codes, wave = random_codes(6, n_codebooks=2), torch.randn(2, 6 * FRAME_SAMPLES) / 10
+    statistics = torch.stack([tokenizer.statistics(random_codes(9)), torch.full((tokenizer.voice.width,), torch.nan)])
+    given = torch.stack([codes, torch.full_like(codes, -1)])
+    with torch.no_grad():
+        found = tokenizer.decode_frozen(wave, torch.tensor([2, 2]), torch.tensor([0, 2]), given, statistics)
+    expected = tokenizer.decode(codes[None], tokenizer.voice_of(random_codes(9)))
+    assert torch.allclose(found[:1, : expected.size(1)], expected, atol=1e-5)
+    own = tokenizer.decode(tokenizer.encode(wave[1:]))
+    assert torch.allclose(found[1:, : own.size(1)], own, atol=1e-4)
 
 
 def test_loading_refuses_a_missing_folder_and_another_config(tokenizer, tmp_path):

@@ -20,9 +20,9 @@ from conftest import full_model, tiny_tokenizer, voice, write_tiny_data
 import codec_training
 import train_tokenizer
 from architecture import load_model, save_model
-from audio import FRAME_SAMPLES, read_audio
+from audio import FRAME_SAMPLES, read_audio, to_pcm16
 from checkpointing import load_newest_state, load_state, save_state, state_files
-from codec_batches import Crops, Depths, Utterances, draw_depths
+from codec_batches import Coded, CodedCrops, Crops, Depths, Utterances, draw_depths
 from codec_training import (
     CONTINUOUS,
     DECODER,
@@ -208,6 +208,29 @@ def test_clip_shorter_than_a_crop_is_padded_with_silence():
     assert wave[:, :2400].abs().mean() > 0.01 and wave[:, 2400:].abs().max() == 0
 
 
+def test_coded_crops_hold_the_codes_of_their_moments_and_another_clip_of_the_speaker():
+    def clip(n_frames: int, first: int, beside: list[float]) -> Coded:
+        marks = np.arange(first, first + n_frames)  # every frame holds its own number
+        statistics = np.array(beside, dtype=np.float32)[:, None]
+        return Coded(marks.repeat(FRAME_SAMPLES).astype(np.int16)[:-7], np.stack([marks, marks], axis=1), statistics)
+
+    data = CodedCrops([clip(12, 100, [1.0, 2.0]), clip(4, 200, []), clip(3, 300, [3.0])], 4)
+    assert len(data.clips) == 2 and data.statistics.flatten().tolist() == [1.0, 2.0]
+    wave, codes, beside = data.batch(0, 5, 200)
+    again = data.batch(0, 5, 200)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((wave, codes, beside.nan_to_num()), (*again[:2], again[2].nan_to_num()), strict=True)
+    )
+    assert torch.equal((wave.view(200, 4, FRAME_SAMPLES)[:, :, 0] * 32768).long(), codes[:, :, 0])
+    alone = codes[:, 0, 0] == 200
+    assert 0 < alone.sum() < 100 and beside[alone].isnan().all()
+    told = beside[~alone].flatten()
+    assert 0.8 < (~told.isnan()).float().mean() < 1 and set(told[~told.isnan()].tolist()) == {1.0, 2.0}
+    with pytest.raises(ValueError, match="3 frames of codes do not fit a clip of 7680 samples"):
+        CodedCrops([Coded(np.zeros(4 * FRAME_SAMPLES, np.int16), np.zeros((3, 2), int), np.zeros((0, 1)))], 4)
+
+
 def test_depths_keep_a_semantic_codebook_and_cover_the_hierarchy():
     depths = draw_depths(0, 0, 4000, 10, 22)
     assert ((depths.semantic == 10) | (depths.acoustic == 0)).all()  # a prefix of all codebooks
@@ -349,6 +372,28 @@ def test_decoder_learns_to_speak_what_a_speech_model_guesses(whole, shared_data,
     assert distance["told"] < 0.9 * distance["untold"]
 
 
+def test_a_decoder_that_is_told_who_speaks_says_the_same_codes_in_that_voice(whole):
+    flags = {"init_from": str(whole), "keep_codes": True, "spoken_by": "a model", "spoken_share": 1, "voiced": True}
+    flags |= {"batch_size": 4, "crop_frames": 6, "hearing": 0, "lr": 0.02, "warmup": 2, "precision": "fp32"}
+    config = TrainConfig(preset="debug", max_steps=250, **flags)
+    waves = [voice(2.0, pitch, rate=24_000) for pitch in (110, 330)]
+    codes = np.arange(25 * 10).reshape(25, 10) % 16
+    width = load_tokenizer(whole).config.codebook_dim * 4
+    voices = [np.full((1, width), level, dtype=np.float32) for level in (-1, 1)]
+    clips = [Coded(to_pcm16(wave), codes, beside) for wave, beside in zip(waves, voices, strict=True)]
+    trained = build_run(config, crops(), [], torch.device("cpu"), spoken=CodedCrops(clips, config.crop_frames))
+    while trained.step < config.max_steps:
+        train_step(trained)
+        trained.step += 1
+    tokenizer = trained.averaged()
+    with torch.no_grad():
+        shown = [tokenizer.voice(torch.from_numpy(beside)) for beside in voices]
+    heard = [tokenizer.decode(torch.from_numpy(codes)[None], each)[0].numpy() for each in shown]
+    for own, other in ((0, 1), (1, 0)):
+        near, far = (log_mel_distance(waves[own], heard[each][: len(waves[own])]) for each in (own, other))
+        assert near < 0.5 * far
+
+
 def test_the_speech_model_that_is_spoken_for_must_know_the_codes_and_stay(whole, shared_data, tmp_path, capsys):
     model = speaker_of(whole, tmp_path / "model")
     flags = {"init_from": whole, "spoken_by": model, "max_steps": 4, "out": tmp_path / "out"}
@@ -384,6 +429,7 @@ def test_tokenizer_trained_further_begins_with_its_weights_and_codebooks(whole, 
 
 def test_what_cannot_be_trained_further_is_refused_in_one_line(whole, shared_data, tmp_path, capsys):
     for changes, message in (
+        ({"voiced": True}, "give spoken_by too"),
         ({"keep_codes": True}, "keep_codes trains the decoder of an init_from"),
         ({"keep_codes": True, "init_from": whole, "ctc_weight": 1}, "ctc_weight must be 0"),
         ({"init_from": tmp_path / "nowhere"}, "is missing"),
