@@ -313,7 +313,7 @@ class Voice(nn.Module):
     """What the decoder is told of who speaks, from the statistics of a clip's codes.
 
     A speech model's guesses of the semantic codes say the words and little of the voice (`spoken_codes.py`); a clip of
-    the speaker has it in all of its codes. Deviation: csm-1b's codec is told nothing; its acoustic codes have the voice.
+    the speaker has it in all of its codes. Deviation: csm-1b's codec is told nothing; acoustic codes tell it.
     """
 
     def __init__(self, config: TokenizerConfig):
