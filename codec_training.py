@@ -124,6 +124,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        if self.init_from and is_mimi(self.init_from):
+            raise ValueError(
+                f"init_from={self.init_from} is Mimi, which is not trained here; give a folder of this script"
+            )
         if self.keep_codes and (not self.init_from or self.ctc_weight):
             raise ValueError(
                 "keep_codes trains the decoder of an init_from, whose codes are made: ctc_weight must be 0"
@@ -279,17 +283,13 @@ def build_run(
     ranks: Ranks | None = None,
     spoken: CodedCrops | None = None,
 ) -> Run:
-    """ValueError: semantic supervision asked for without texts, a batch that the processes cannot share, or weights to
-    begin with that are not this project's; FileNotFoundError: there are none."""
+    """ValueError: semantic supervision asked for without texts, or a batch that the processes cannot share;
+    FileNotFoundError: there are no weights to begin with."""
     ranks = ranks or Ranks()
     ranks.share_of(config.batch_size)
     if config.ctc_weight:
         ranks.share_of(utterances_per_step(config.batch_size), "half of batch_size, the utterances of ctc_weight")
     torch.manual_seed(config.seed)
-    if config.init_from and is_mimi(config.init_from):
-        raise ValueError(
-            f"init_from={config.init_from} is Mimi, which is not trained here; give a folder of this script"
-        )
     begun = load_tokenizer(config.init_from) if config.init_from else None
     told = config.voiced or (begun is not None and begun.voice is not None)
     model = RVQTokenizer(begun.config if begun else PRESETS[config.preset], voiced=told)

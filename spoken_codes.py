@@ -29,7 +29,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def guess_codes(model: InferenceModel, rows: Rows, n_semantic: int) -> Tensor:
-    """(1, T) rows -> (n, S), the semantic codes the model takes for the likeliest in every frame that has targets.
+    """(1, T) rows of one document -> (n, S), the likeliest semantic codes of every frame that has targets.
 
     Codebook 0, and with it what is said when, is the true one; the model sees no acoustic codes, as when it speaks with
     the semantic ones.
@@ -42,7 +42,7 @@ def guess_codes(model: InferenceModel, rows: Rows, n_semantic: int) -> Tensor:
     seen = rows._replace(tokens=rows.tokens.clone(), mask=mask)
     guess = targets[before, :S]
     for _ in range(PASSES if len(before) else 0):
-        states = model.model.hidden(seen, seen.spans())[0, before]
+        states = model.model.hidden(seen)[0, before]
         guess = model.depth.continue_frames(states, first, S, likeliest)
         seen.tokens[0, before + 1, :S] = guess
     return guess
@@ -50,10 +50,10 @@ def guess_codes(model: InferenceModel, rows: Rows, n_semantic: int) -> Tensor:
 
 def guessed_turns(model: InferenceModel, dataset: ConversationDataset) -> dict[str, np.ndarray]:
     """The guesses for all turns of a split by their ids, (frames, S) uint16 each."""
-    found: dict[str, np.ndarray] = {}
+    device, found = next(model.model.parameters()).device, {}
     for sample in tqdm(dataset.samples(), desc="guessing codes", unit="document", dynamic_ncols=True):
-        rows = dataset.collate([[sample]], seeds=None)
-        codes = guess_codes(model, rows, model.config.n_semantic).numpy().astype(np.uint16)
+        rows = dataset.collate([[sample]], seeds=None).to(device)
+        codes = guess_codes(model, rows, model.config.n_semantic).cpu().numpy().astype(np.uint16)
         found |= by_turn(dataset, sample, codes)
     return found
 
